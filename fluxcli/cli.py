@@ -1,0 +1,434 @@
+"""The command line: options in, exit code out. Thin: each command gathers settings and hands them to `fluxcli.job` and
+`fluxcli.engine`, which are imported only then, so that --help answers at once."""
+
+import json
+import math
+import os
+import sys
+import time
+import tomllib
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fluxcli import __version__, config
+from fluxcli.errors import FluxcliError, UsageError
+
+if TYPE_CHECKING:
+    from fluxcli.checkpoints import Checkpoint
+
+_FORMATS = ("png", "jpg", "webp")
+_JOB_OPTIONS = ("text_lengths", "batch_size", "limit", "strict", "max_failures", "retry_failed")
+
+
+class _Cli(click.Group):
+    """Turns every error into a line or two on stderr and an exit code; -v shows the traceback too."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            code = super().main(*args, **{**kwargs, "standalone_mode": False})
+        except click.UsageError as error:
+            path = error.ctx.command_path if error.ctx else "fluxcli"
+            sys.exit(_tell(f"{error.format_message()} (see {path} --help)", error.exit_code))
+        except click.ClickException as error:
+            sys.exit(_tell(error.format_message(), error.exit_code))
+        except click.Abort:
+            sys.exit(130)
+        sys.exit(code if isinstance(code, int) else 0)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        if os.environ.get("NO_COLOR"):
+            ctx.color = False
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort, KeyboardInterrupt):
+            raise
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left; nobody is told
+            ctx.exit(1)
+        except Exception as error:
+            if ctx.meta.get("fluxcli.verbose"):
+                traceback.print_exc()
+            if isinstance(error, FluxcliError):
+                ctx.exit(_tell(str(error), error.exit_code))
+            ctx.exit(_tell(f"{type(error).__name__}: {error} (-v shows where)", 1))
+
+
+def _tell(message: str, exit_code: int) -> int:
+    say(f"Error: {message}")
+    return exit_code
+
+
+class _TextLengths(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    name = "N,N,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        parts = value if isinstance(value, list | tuple) else str(value).split(",")
+        try:
+            lengths = sorted({int(str(part).strip()) for part in parts})
+        except ValueError:
+            self.fail(f"{value!r} is not a list of numbers like 64,128,256,512", param, ctx)
+        if not lengths or lengths[0] < 1 or lengths[-1] > config.MAX_TEXT_LENGTH:
+            self.fail(f"text lengths must be 1 to {config.MAX_TEXT_LENGTH}, got {value}", param, ctx)
+        return tuple(lengths)
+
+
+class _Side(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    name = "PIXELS"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            side = int(value)
+        except (TypeError, ValueError):
+            self.fail(f"{value!r} is not a number of pixels", param, ctx)
+        if side % 16 or not 64 <= side <= 4096:
+            self.fail(f"must be a multiple of 16 from 64 to 4096, got {side}", param, ctx)
+        return side
+
+
+class _Size(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    name = "WxH"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        width, x, height = str(value).lower().partition("x")
+        if not x:
+            self.fail(f"{value!r} is not a size like 1024x768", param, ctx)
+        return _Side().convert(width, param, ctx), _Side().convert(height, param, ctx)
+
+
+class _Device(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    name = "auto|cuda|cuda:N|cpu"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        kind, colon, index = str(value).partition(":")
+        if kind not in ("auto", "cuda", "cpu") or (colon and (kind != "cuda" or not index.isdecimal())):
+            self.fail(f"{value!r} is none of auto, cuda, cuda:N and cpu", param, ctx)
+        return str(value)
+
+
+class _Finite(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    name = "NUMBER"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number", param, ctx)
+        return number
+
+
+def _verbose(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value:
+        ctx.meta["fluxcli.verbose"] = True
+
+
+def _options(*options: Callable[..., Any]) -> Callable[..., Any]:
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+_verbosity = click.option(
+    "-v", "--verbose", is_flag=True, expose_value=False, callback=_verbose, help="Show tracebacks of errors."
+)
+_engine_options = _options(
+    click.option("-m", "--model", metavar="MODEL", help="Hub id, pipeline directory, tiny, or random:flux-dev."),
+    click.option("--revision", help="Branch, tag or commit of a model from the hub."),
+    click.option("--dtype", type=click.Choice(("auto", *config.DTYPES)), default="auto", show_default=True),
+    click.option("--device", type=_Device(), default="auto", show_default=True),
+    click.option("--compile/--no-compile", default=None, help="Compile the model.  [default: on a GPU]"),
+    click.option("--attention", type=click.Choice(("auto", *config.ATTENTION)), default="auto", show_default=True),
+    click.option(
+        "--text-lengths",
+        type=_TextLengths(),
+        default=config.TEXT_LENGTHS,
+        help="Buckets of prompt length in T5 tokens; one number fixes it (512 is the reference).  "
+        "[default: 64,128,256,512]",
+    ),
+)
+_row_options = _options(
+    click.option("--width", type=_Side(), help="Where a row has none.  [default: the model's]"),
+    click.option("--height", type=_Side(), help="Where a row has none.  [default: the model's]"),
+    click.option("--steps", type=click.IntRange(1, 1000), help="Denoising steps.  [default: the model's]"),
+    click.option("--guidance", type=_Finite(), help="Guidance scale.  [default: 3.5 where the model takes one]"),
+    click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True),
+)
+_format_options = _options(
+    click.option("--format", type=click.Choice(_FORMATS), default="png", show_default=True),
+    click.option("--quality", type=click.IntRange(1, 100), default=95, show_default=True, help="Of JPEG and WebP."),
+)
+_batch_size = click.option("--batch-size", type=click.IntRange(1, 1024), default=config.BATCH_SIZE, show_default=True)
+_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+
+
+def _read_config(ctx: click.Context, param: click.Parameter, path: str | None) -> None:
+    if path is None:
+        return
+    try:
+        with open(path, "rb") as file:
+            given = tomllib.load(file)
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise click.BadParameter(f"{path}: {error}", ctx, param) from error
+    known = {name.lstrip("-"): option.name for option in ctx.command.params for name in option.opts if name[:2] == "--"}
+    defaults: dict[str, Any] = {}
+    for key, value in given.items():
+        name = known.get(key.replace("_", "-"))
+        if name is None or name == "config":
+            raise click.BadParameter(f"{path}: there is no option {key!r}", ctx, param)
+        defaults[name] = tuple(value) if isinstance(value, list) else value
+    ctx.default_map = {**(ctx.default_map or {}), **defaults}
+
+
+@click.group(cls=_Cli, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="fluxcli")
+@_verbosity
+def cli() -> None:
+    """Prompts in, FLUX.1 images and timing manifests out: fast, resumable, and never losing one."""
+
+
+@cli.command()
+@click.argument("prompt")
+@click.option(
+    "-n", "--num-images", type=click.IntRange(1, 10_000), default=1, show_default=True, help="Seeds count up."
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path(), help="Directory, or one file's name.")
+@_row_options
+@_format_options
+@_batch_size
+@_engine_options
+@_json
+@_verbosity
+def gen(
+    prompt: str,
+    num_images: int,
+    output: Path,
+    format: str,
+    quality: int,
+    batch_size: int,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Make images of one PROMPT and print their paths."""
+    from fluxcli.errors import RowError
+    from fluxcli.job import single
+    from fluxcli.job.plan import bucket
+    from fluxcli.job.prompts import check_row
+    from fluxcli.job.store import record_settings
+    from fluxcli.tokenizers import Tokenizers
+
+    checkpoint, engine_config, defaults = _settings(options)
+    suffix = output.suffix.lower().lstrip(".")
+    image = config.ImageFormat(suffix if suffix in _FORMATS and not output.is_dir() else format, quality)
+    single.check_output(output, num_images)
+    try:
+        row = {"prompt": prompt, "seed": options["seed"], "num_images": num_images}
+        records = check_row(row, 0, 1, defaults)
+    except RowError as error:
+        raise UsageError(str(error)) from error
+    tokens = Tokenizers(checkpoint.tokenizers).count([prompt])[0]
+    text_length = bucket(tokens, options["text_lengths"])
+    if tokens > text_length:
+        say(f"the prompt has {tokens} tokens and is cut to {text_length}")
+    records = [replace(record, text_tokens=tokens, text_length=text_length) for record in records]
+    engine = _engine(checkpoint, engine_config)
+    made = []
+    for record, path in single.generate(engine, records, batch_size, output, image, checkpoint.name):
+        made.append({"file_name": str(path), **record_settings(record)})
+        if not as_json:
+            click.echo(str(path))
+    if as_json:
+        click.echo(json.dumps({"model": checkpoint.name, "images": made}, ensure_ascii=False))
+
+
+@cli.command()
+@click.argument("input", type=click.Path(exists=True, dir_okay=False, allow_dash=True))
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="The job's directory.  [default: out/INPUT]",
+)
+@click.option(
+    "--config",
+    type=click.Path(exists=True, dir_okay=False),
+    is_eager=True,
+    expose_value=False,
+    callback=_read_config,
+    help="TOML file with any of these options; the command line wins.",
+)
+@_batch_size
+@click.option("--limit", type=click.IntRange(0), help="Use the first N rows only.")
+@_format_options
+@click.option("--dry-run", is_flag=True, help="Show the plan; make nothing.")
+@click.option("--strict", is_flag=True, help="Stop before any work if a row is bad.")
+@click.option("--max-failures", type=click.IntRange(0), metavar="N", help="Stop when more than N rows failed.")
+@click.option(
+    "--retry-failed/--no-retry-failed", default=True, show_default=True, help="Try rows again that failed before."
+)
+@click.option("--force", is_flag=True, help="If the directory holds another job, start over in a new one beside it.")
+@_row_options
+@_engine_options
+@_json
+@_verbosity
+@click.pass_context
+def batch(
+    ctx: click.Context,
+    /,
+    input: str,
+    output: Path | None,
+    format: str,
+    quality: int,
+    dry_run: bool,
+    force: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Run a job: every row of INPUT (.jsonl, .txt, .csv, .tsv, or - for JSONL on stdin) becomes an image.
+
+    The same command again finishes what is missing.
+    """
+    from fluxcli.engine import device
+    from fluxcli.job import report
+    from fluxcli.job.job import Job
+    from fluxcli.job.prompts import PromptFile
+
+    checkpoint, engine_config, defaults = _settings(options)
+    job = Job(
+        input,
+        output or Path("out") / ("stdin" if input == "-" else Path(input).stem),
+        checkpoint,
+        engine_config,
+        defaults,
+        image=config.ImageFormat(format, quality),
+        **{name: options[name] for name in _JOB_OPTIONS},
+    )
+    if force:
+        moved = job.in_free_directory()
+        if moved.directory != job.directory:
+            say(f"{job.directory} holds another job: starting over in {moved.directory}")
+        job = moved
+    if dry_run:
+        intake, plan = job.preview(PromptFile(input))
+        data = report.plan_data(intake, plan)
+        if as_json:
+            click.echo(json.dumps({"directory": str(job.directory), **data}, ensure_ascii=False))
+        else:
+            say("\n".join([report.plan_table(data), *report.failure_lines(intake.failures)]))
+        return
+    status, totals = job.run(lambda: _engine(checkpoint, engine_config), device.machine(engine_config), say)
+    say(report.totals_lines(totals))
+    if totals["failures"]:
+        say(f"failed rows: {job.directory / 'failures.jsonl'}")
+    if as_json:
+        click.echo(json.dumps({"directory": str(job.directory), **totals, "exit_status": status}))
+    ctx.exit(status)
+
+
+@cli.command()
+@click.argument("input", type=click.Path(exists=True, dir_okay=False, allow_dash=True), required=False)
+@click.option("--size", "sizes", type=_Size(), multiple=True, help="Instead of INPUT; may be given several times.")
+@_batch_size
+@_row_options
+@_engine_options
+@_json
+@_verbosity
+def warmup(input: str | None, sizes: Sequence[tuple[int, int]], batch_size: int, as_json: bool, **options: Any) -> None:
+    """Compile and cache what the shapes of INPUT, or of the given sizes, need.
+
+    A later batch on the same shapes compiles nothing.
+    """
+    from fluxcli.engine import cache
+    from fluxcli.job.job import Job
+    from fluxcli.job.prompts import PromptFile
+    from fluxcli.records import ShapeKey, WarmUp
+
+    if input is not None and sizes:
+        raise click.UsageError("give INPUT or --size, not both")
+    checkpoint, engine_config, defaults = _settings(options)
+    lengths = options["text_lengths"]
+    if input is not None:
+        job = Job(input, Path(), checkpoint, engine_config, defaults, lengths, config.ImageFormat(), batch_size)
+        keys = job.whole_plan(PromptFile(input)).shapes()
+    else:
+        chosen = sizes or [(defaults.width, defaults.height)]
+        wanted = {ShapeKey(batch_size, height, width, length) for width, height in chosen for length in lengths}
+        keys = sorted(wanted, key=ShapeKey.tokens, reverse=True)
+    start = time.perf_counter()
+    engine = _engine(checkpoint, engine_config)
+
+    def tell(one: WarmUp) -> None:
+        say(f"{one.key}: {one.seconds:.2f} s, {one.state}, {one.attention} attention")
+
+    shapes = engine.warm_up(keys, tell)
+    seconds = time.perf_counter() - start
+    say(f"{len(shapes)} shapes in {seconds:.1f} s with the model's loading; cache: {cache.root()}")
+    if as_json:
+        rows = [
+            {**one.key._asdict(), "seconds": round(one.seconds, 3), "state": one.state, "attention": one.attention}
+            for one in shapes
+        ]
+        click.echo(json.dumps({"shapes": rows, "seconds": round(seconds, 3), "cache": str(cache.root())}))
+
+
+def say(text: str) -> None:
+    """Everything for people goes to stderr; stdout carries results."""
+    click.echo(text, err=True)
+
+
+def _checkpoint(name: str | None, revision: str | None) -> "Checkpoint":
+    from fluxcli import checkpoints
+
+    if name is None:
+        name = os.environ.get("FLUXCLI_MODEL") or None
+    if name is None:
+        from fluxcli.engine import device
+
+        if device.has_gpu():
+            name = checkpoints.HUB_DEFAULT
+            say(f"no --model given: using {name}")
+        else:
+            name = "tiny"
+            say("no --model given and no CUDA GPU here: using the built-in tiny model")
+    return checkpoints.resolve(name, revision)
+
+
+def _engine(checkpoint: "Checkpoint", engine_config: config.EngineConfig) -> Any:
+    from fluxcli.engine.engine import Engine
+
+    return Engine(checkpoint, engine_config)
+
+
+def _settings(options: dict[str, Any]) -> tuple["Checkpoint", config.EngineConfig, config.RowDefaults]:
+    """What the shared options mean here, every "auto" and default settled."""
+    from fluxcli.engine import device
+
+    checkpoint = _checkpoint(options["model"], options["revision"])
+    engine_config = device.resolve(options["device"], options["dtype"], options["compile"], options["attention"])
+    return checkpoint, engine_config, _row_defaults(checkpoint, options)
+
+
+def _row_defaults(checkpoint: "Checkpoint", options: dict[str, Any]) -> config.RowDefaults:
+    own = checkpoint.row_defaults()
+    given = {
+        "width": options["width"],
+        "height": options["height"],
+        "num_inference_steps": options["steps"],
+        "guidance_scale": options["guidance"] if checkpoint.takes_guidance else None,
+        "seed": options["seed"],
+    }
+    return replace(own, **{name: value for name, value in given.items() if value is not None})
+
+
+def main() -> None:
+    cli(prog_name="fluxcli")

@@ -1,0 +1,53 @@
+"""Frozen settings of a run, complete before anything starts. "auto" is resolved before these are made."""
+
+from dataclasses import dataclass
+
+TEXT_LENGTHS = (64, 128, 256, 512)
+MAX_TEXT_LENGTH = 512  # what FluxPipeline accepts as max_sequence_length
+BATCH_SIZE = 8
+DTYPES = ("bfloat16", "float16", "float32")
+ATTENTION = ("cudnn", "fa4", "fa3", "fa2", "sdpa")
+GUIDANCE = 3.5  # FluxPipeline's default, for models distilled with a guidance embedding
+
+
+@dataclass(frozen=True)
+class RowDefaults:
+    """What an input row gets where it says nothing. `guidance_scale` is None where the model takes none."""
+
+    width: int
+    height: int
+    num_inference_steps: int
+    guidance_scale: float | None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How the engine runs. `device` is "cpu" or "cuda:N"; `dtype` a torch dtype's name; `attention` may be "auto",
+    which the engine settles by measuring at warm-up."""
+
+    device: str
+    dtype: str
+    compile: bool
+    attention: str = "auto"
+
+    @property
+    def pads_batches(self) -> bool:
+        """Whether batches are padded to fixed sizes: captured graphs need it, elsewhere it would be waste."""
+        return self.device.startswith("cuda")
+
+
+@dataclass(frozen=True)
+class ImageFormat:
+    """How pictures are written. `quality` is 1..100 and ignored by PNG, which is lossless."""
+
+    name: str = "png"
+    quality: int = 95
+
+    @property
+    def lossless(self) -> bool:
+        return self.name == "png"
+
+    @property
+    def suffix(self) -> str:
+        return f".{self.name}"

@@ -1,0 +1,1 @@
+"""One batch of prompts to pixels on one device. Nothing here writes results to disk or knows the command line."""

@@ -1,0 +1,257 @@
+"""The engine: one `Batch` of prompts in, pixels and timings out. It owns the device, its streams, the compiled code and
+the captured graphs; it writes no files and knows no command line."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fluxcli.checkpoints import Checkpoint
+from fluxcli.config import EngineConfig
+from fluxcli.engine import attention, sampling
+from fluxcli.engine.cache import CompileCache, compile_counts
+from fluxcli.engine.device import DTYPES
+from fluxcli.engine.graphs import StepGraph
+from fluxcli.engine.ops import rope
+from fluxcli.engine.text import TextEncoders
+from fluxcli.engine.transformer import ROPE_THETA, Rope
+from fluxcli.engine.vae import Decoder
+from fluxcli.engine.weights import load_transformer
+from fluxcli.records import Batch, Pictures, PromptRecord, ShapeKey, Timing, WarmUp
+from fluxcli.tokenizers import Tokenizers
+
+# Rows (steps x images) of modulations made at once: about 1 GB at FLUX.1's size, and all 28 steps of 16 images.
+_MODULATION_ROWS = 512
+
+
+@dataclass
+class _Prepared:
+    """What a shape needs beside the weights."""
+
+    backend: str
+    pe: Rope
+    graph: StepGraph | None = None
+
+
+class Engine:
+    """Loads a checkpoint onto the configured device. Not thread-safe: one batch is submitted after the other."""
+
+    def __init__(self, checkpoint: Checkpoint, config: EngineConfig) -> None:
+        self.config = config
+        self._device, self._dtype = config.device, DTYPES[config.dtype]
+        self._cuda = self._device.startswith("cuda")
+        self._cache = CompileCache(checkpoint, config)
+        if self._cuda:
+            torch.cuda.set_device(self._device)
+            self._copies = torch.cuda.Stream()
+            self._pool = torch.cuda.graph_pool_handle()
+        self._tokenizers = Tokenizers(checkpoint.tokenizers)
+        self._schedule = sampling.Schedule(checkpoint.directory / "scheduler")
+        self._text = TextEncoders(checkpoint, self._device, self._dtype)
+        self._flux = load_transformer(checkpoint, self._device, self._dtype)
+        self._decoder = Decoder(checkpoint, self._device, self._dtype, config.compile)
+        self._channels = self._flux.config.in_channels // sampling.PATCH**2
+        self._prepared: dict[ShapeKey, _Prepared] = {}
+        if config.compile:
+            _compile_blocks(self._flux.transformer_blocks, self._flux.single_transformer_blocks)
+
+    @property
+    def replays(self) -> int:
+        """Graph replays so far, over all shapes."""
+        return sum(prepared.graph.replays for prepared in self._prepared.values() if prepared.graph)
+
+    @torch.inference_mode()
+    def warm_up(self, keys: Iterable[ShapeKey], report: Callable[[WarmUp], None] = lambda one: None) -> list[WarmUp]:
+        """Compiles, plans and captures every shape, in the order given: largest first keeps the graphs' memory least.
+
+        Raises:
+            DeviceError: an attention backend chosen by name cannot run a shape.
+        """
+        done = []
+        for key in keys:
+            before, start = compile_counts(), time.perf_counter()
+            prepared = self._prepare(key)
+            if self._cuda:
+                torch.cuda.synchronize()
+            new = compile_counts() - before
+            done.append(WarmUp(key, time.perf_counter() - start, new["graphs"], new["misses"], prepared.backend))
+            report(done[-1])
+        return done
+
+    @torch.inference_mode()
+    def submit(self, batch: Batch) -> "InFlight":
+        """Starts a batch. On CUDA it returns while the device works, so that the next batch can be queued behind it."""
+        prepared = self._prepare(batch.key)
+        records = [*batch.records, *[batch.records[-1]] * (batch.key.batch_size - len(batch.records))]
+        clock = _Clock(self._cuda)
+        txt, vec = self._encode(batch.key, [record.prompt for record in records])
+        clock.mark()
+        img = self._denoise(batch, records, txt, vec, prepared)
+        clock.mark()
+        latents = sampling.unpack(img, *self._latent_size(batch.key))
+        pixels = self._decoder(latents)
+        finite = torch.isfinite(latents).all(dim=(1, 2, 3))
+        clock.mark()
+        return InFlight(len(batch.records), *self._to_host(pixels, finite), clock)
+
+    def _encode(self, key: ShapeKey, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        t5_ids = self._upload(torch.tensor(self._tokenizers.t5(prompts, key.text_length)))
+        clip_ids = self._upload(torch.tensor(self._tokenizers.clip(prompts)))
+        txt, vec = self._text(t5_ids, clip_ids)
+        return self._flux.embed_text(txt.to(self._dtype)), vec.to(self._dtype)
+
+    def _denoise(
+        self, batch: Batch, records: Sequence[PromptRecord], txt: Tensor, vec: Tensor, prepared: _Prepared
+    ) -> Tensor:
+        height, width = self._latent_size(batch.key)
+        seeds = [record.seed for record in records]
+        img = self._upload(sampling.stack_noise(seeds, self._channels, height, width, self._dtype))
+        guidance = None
+        if self._flux.config.guidance_embeds:
+            guidance = self._upload(torch.tensor([record.guidance_scale for record in records], dtype=torch.float32))
+        steps = self._steps(batch.num_inference_steps, img.shape[1], guidance, vec)
+        if prepared.graph is not None:
+            return prepared.graph.run(img, txt, steps)
+        for mod, dt in steps:
+            img = sampling.euler_step(img, self._flux(img, txt, prepared.pe, mod, prepared.backend), dt)
+        return img
+
+    def _steps(
+        self, steps: int, image_tokens: int, guidance: Tensor | None, vec: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each step's (mod [B, modulations, D], dt []): all that tells one step from the next."""
+        timesteps, sigmas = self._schedule(steps, image_tokens)
+        at_once = max(1, _MODULATION_ROWS // len(vec))
+        parts = zip(self._upload(timesteps).split(at_once), self._upload(sigmas.diff()).split(at_once), strict=True)
+        for part, dts in parts:
+            yield from zip(self._flux.modulations(part, guidance, vec), dts, strict=True)
+
+    def _prepare(self, key: ShapeKey) -> _Prepared:
+        if key in self._prepared:
+            return self._prepared[key]
+        height, width = self._latent_size(key)
+        ids = sampling.position_ids(key.text_length, height, width, self._device)
+        pe = rope(ids, self._flux.config.axes_dims_rope, ROPE_THETA)
+        prepared = _Prepared(self._backend(key, len(ids)), pe)
+        if self.config.compile or self._cuda:
+            self._rehearse(key, prepared)
+        self._prepared[key] = prepared
+        return prepared
+
+    def _rehearse(self, key: ShapeKey, prepared: _Prepared) -> None:
+        """Runs every stage at this shape once, so that all compiling is over, and captures the step."""
+        height, width = self._latent_size(key)
+        txt, vec = self._encode(key, ["a prompt"] * key.batch_size)
+        img = self._upload(sampling.stack_noise(range(key.batch_size), self._channels, height, width, self._dtype))
+        guidance = torch.ones(key.batch_size, device=self._device) if self._flux.config.guidance_embeds else None
+        mod, dt = next(self._steps(1, img.shape[1], guidance, vec))
+
+        def step(img: Tensor, txt: Tensor, mod: Tensor) -> Tensor:
+            return self._flux(img, txt, prepared.pe, mod, prepared.backend)
+
+        if not self._cuda:
+            step(img, txt, mod)
+        else:
+            # Off the default stream, as capture demands of what it records.
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(2):
+                    sampling.euler_step(img, step(img, txt, mod), dt)
+            torch.cuda.current_stream().wait_stream(side)
+            prepared.graph = StepGraph(step, img, txt, mod, self._pool)
+        self._decoder(sampling.unpack(img, height, width))
+
+    def _backend(self, key: ShapeKey, tokens: int) -> str:
+        chosen = self.config.attention
+        if not self._cuda:
+            return "sdpa"
+        config = self._flux.config
+        shape = (key.batch_size, tokens, config.num_attention_heads, config.attention_head_dim)
+        if chosen != "auto":
+            attention.require(chosen, *shape, self._device, self._dtype)
+            return chosen
+        name = "x".join(map(str, shape))
+        known = self._cache.attention(name)
+        if known is not None and attention.missing(known, self._device, self._dtype) is None:
+            return known
+        timed = attention.milliseconds(*shape, self._device, self._dtype)
+        fastest = min(timed, key=lambda backend: timed[backend])
+        self._cache.remember_attention(name, fastest)
+        return fastest
+
+    def _latent_size(self, key: ShapeKey) -> tuple[int, int]:
+        return key.height // self._decoder.scale, key.width // self._decoder.scale
+
+    def _upload(self, tensor: Tensor) -> Tensor:
+        if not self._cuda:
+            return tensor
+        return tensor.pin_memory().to(self._device, non_blocking=True)
+
+    def _to_host(self, pixels: Tensor, finite: Tensor) -> tuple[Tensor, Tensor, "torch.cuda.Event | None"]:
+        """Copies on a stream of its own, beside the next batch's work."""
+        if not self._cuda:
+            return pixels, finite, None
+        host = [torch.empty(each.shape, dtype=each.dtype, pin_memory=True) for each in (pixels, finite)]
+        self._copies.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._copies):
+            for target, source in zip(host, (pixels, finite), strict=True):
+                target.copy_(source, non_blocking=True)
+                source.record_stream(self._copies)
+        arrived = torch.cuda.Event()
+        arrived.record(self._copies)
+        return host[0], host[1], arrived
+
+
+class InFlight:
+    """A submitted batch; `result()` waits for it."""
+
+    def __init__(
+        self, images: int, pixels: Tensor, finite: Tensor, arrived: "torch.cuda.Event | None", clock: "_Clock"
+    ) -> None:
+        self._images, self._pixels, self._finite = images, pixels, finite
+        self._arrived, self._clock = arrived, clock
+
+    def ready(self) -> bool:
+        """Whether `result()` would return at once."""
+        return self._arrived is None or self._arrived.query()
+
+    def result(self) -> Pictures:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        share = [seconds / self._images for seconds in self._clock.seconds()]
+        return Pictures(self._pixels[: self._images].numpy(), self._finite[: self._images].tolist(), Timing(*share))
+
+
+class _Clock:
+    """Seconds between marks: on the device's own clock where it has one."""
+
+    def __init__(self, cuda: bool) -> None:
+        self._cuda = cuda
+        self._marks: list[Any] = []
+        self.mark()
+
+    def mark(self) -> None:
+        if self._cuda:
+            self._marks.append(torch.cuda.Event(enable_timing=True))
+            self._marks[-1].record()
+        else:
+            self._marks.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        pairs = zip(self._marks, self._marks[1:], strict=False)
+        if self._cuda:
+            return [start.elapsed_time(end) / 1e3 for start, end in pairs]
+        return [end - start for start, end in pairs]
+
+
+def _compile_blocks(*stacks: torch.nn.ModuleList) -> None:
+    """Compiles the two block functions. All blocks of a stack have one shape and so share one compiled function per
+    ShapeKey; the limit on recompilations is lifted because a job may have many shapes."""
+    torch._dynamo.config.recompile_limit = 10_000
+    torch._dynamo.config.accumulated_recompile_limit = 100_000
+    for block in (block for stack in stacks for block in stack):
+        block.compile(fullgraph=True, dynamic=False)

@@ -1,0 +1,47 @@
+"""Latents -> pixels, through diffusers' AutoencoderKL."""
+
+import torch
+from torch import Tensor
+
+from fluxcli.checkpoints import Checkpoint
+from fluxcli.engine.weights import load_part
+
+# Decoding one 1024x1024 picture at a time fills a large GPU; smaller ones go together up to this many pixels.
+_PIXELS_AT_ONCE = 2**20
+
+
+class Decoder:
+    """The decoder half of the VAE. On CUDA it is compiled and runs channels-last."""
+
+    def __init__(self, checkpoint: Checkpoint, device: str, dtype: torch.dtype, compile: bool) -> None:
+        self._vae = load_part(checkpoint, "vae", device, dtype)
+        self._vae.encoder = None
+        config = self._vae.config
+        self.scale: int = 2 ** (len(config.block_out_channels) - 1)  # pixels along a side of one latent pixel
+        self._factor: float = config.scaling_factor
+        self._shift: float = config.shift_factor or 0.0
+        self._channels_last = device.startswith("cuda")
+        if self._channels_last:
+            self._vae.to(memory_format=torch.channels_last)
+        if compile:
+            self._vae.decoder.compile(fullgraph=True, dynamic=False)
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        """latents [B, C, H, W] -> uint8 [B, 8H, 8W, 3], rounded to nearest."""
+        size = chunk_size(len(latents), latents.shape[-1] * latents.shape[-2] * self.scale**2)
+        return torch.cat([self._decode(part) for part in latents.split(size)])
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        latents = latents / self._factor + self._shift
+        if self._channels_last:
+            latents = latents.contiguous(memory_format=torch.channels_last)
+        pixels = self._vae.decode(latents, return_dict=False)[0]
+        return ((pixels.float() * 0.5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def chunk_size(batch: int, pixels: int) -> int:
+    """How many pictures to decode at once: the largest divisor of the batch within the budget, so that every chunk of
+    a batch has one shape."""
+    return max(
+        size for size in range(1, batch + 1) if batch % size == 0 and (size == 1 or size * pixels <= _PIXELS_AT_ONCE)
+    )

@@ -1,0 +1,50 @@
+"""Pixels -> the bytes of a picture file, with prompt, seed and settings inside."""
+
+import io
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image, PngImagePlugin
+
+from fluxcli.config import ImageFormat
+from fluxcli.records import PromptRecord
+
+if TYPE_CHECKING:
+    import numpy as np
+
+# The fastest level of zlib: on photographic pictures it costs a tenth more bytes than the default and a third of the
+# time.
+_PNG_LEVEL = 1
+_EXIF_IFD, _USER_COMMENT = 0x8769, 0x9286
+
+
+def encode(pixels: "np.ndarray[Any, Any]", format: ImageFormat, record: PromptRecord, model: str) -> bytes:
+    """A PNG, JPEG or WebP of uint8 pixels [H, W, 3]. The same arguments give the same bytes."""
+    image = Image.fromarray(pixels)
+    text = parameters(record, model)
+    out = io.BytesIO()
+    if format.name == "png":
+        info = PngImagePlugin.PngInfo()
+        info.add_itxt("parameters", text)
+        image.save(out, "PNG", pnginfo=info, compress_level=_PNG_LEVEL)
+    elif format.name == "jpg":
+        image.save(out, "JPEG", quality=format.quality, exif=_exif(text))
+    else:
+        image.save(out, "WEBP", quality=format.quality, exif=_exif(text))
+    return out.getvalue()
+
+
+def parameters(record: PromptRecord, model: str) -> str:
+    """The settings in the form that AUTOMATIC1111's web UI writes and most viewers read."""
+    settings = [f"Steps: {record.num_inference_steps}", "Sampler: Euler", "CFG scale: 1"]
+    if record.guidance_scale is not None:
+        settings.append(f"Distilled CFG Scale: {record.guidance_scale:g}")
+    settings += [f"Seed: {record.seed}", f"Size: {record.width}x{record.height}", f"Model: {model}"]
+    prompt = record.prompt.replace("\0", " ")  # a NUL would end the text early in most readers
+    return f"{prompt}\n{', '.join(settings)}"
+
+
+def _exif(text: str) -> Image.Exif:
+    exif = Image.Exif()
+    # EXIF 2.3, UserComment: an eight-byte character code, then the text.
+    exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = b"UNICODE\0" + text.encode("utf-16-be")
+    return exif

@@ -1,0 +1,144 @@
+"""A job from its settings to its exit code: identity, intake, plan, run, and the row in runs.jsonl."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from fluxcli import __version__
+from fluxcli.checkpoints import Checkpoint
+from fluxcli.config import EngineConfig, ImageFormat, RowDefaults
+from fluxcli.errors import InputError, JobError
+from fluxcli.job import report
+from fluxcli.job.intake import Intake, Status, take_in
+from fluxcli.job.plan import Plan, padded_sizes, plan
+from fluxcli.job.progress import Progress
+from fluxcli.job.prompts import PromptFile
+from fluxcli.job.runner import Engine, Runner, Stopped
+from fluxcli.job.store import JobStore, check_identity, committed_status, read_committed, utc_now
+from fluxcli.tokenizers import Tokenizers
+
+
+@dataclass(frozen=True)
+class Job:
+    """The settings of one `fluxcli batch`. `input` is a path or "-"."""
+
+    input: str
+    directory: Path
+    checkpoint: Checkpoint
+    engine: EngineConfig
+    defaults: RowDefaults
+    text_lengths: tuple[int, ...]
+    image: ImageFormat
+    batch_size: int
+    limit: int | None = None
+    strict: bool = False
+    max_failures: int | None = None
+    retry_failed: bool = True
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What job.json says: everything that changes pixels, row by row settings aside."""
+        model = {
+            "name": self.checkpoint.name,
+            "revision": self.checkpoint.revision,
+            "fingerprint": self.checkpoint.fingerprint(),
+        }
+        options = {
+            "dtype": self.engine.dtype,
+            "text_lengths": list(self.text_lengths),
+            "width": self.defaults.width,
+            "height": self.defaults.height,
+            "steps": self.defaults.num_inference_steps,
+            "guidance": self.defaults.guidance_scale,
+            "seed": self.defaults.seed,
+            "format": self.image.name,
+            "quality": None if self.image.lossless else self.image.quality,
+        }
+        pixels = json.dumps([model["fingerprint"], options], sort_keys=True)
+        return {
+            "fluxcli": __version__,
+            "created_at": utc_now(),
+            "model": model,
+            "options": options,
+            "fingerprint": hashlib.sha256(pixels.encode()).hexdigest(),
+        }
+
+    def in_free_directory(self) -> "Job":
+        """This job, moved to the first free name beside its directory if that holds another job."""
+        job, number = self, 1
+        while True:
+            try:
+                check_identity(job.directory, self.identity)
+                return job
+            except JobError:
+                number += 1
+                job = replace(self, directory=self.directory.with_name(f"{self.directory.name}-{number}"))
+
+    def preview(self, source: PromptFile) -> tuple[Intake, Plan]:
+        """The plan as a look from outside: no lock taken, nothing mended, nothing written.
+
+        Raises:
+            InputError: a bad row, where the job is strict.
+        """
+        check_identity(self.directory, self.identity)
+        intake = self._take_in(source, committed_status(read_committed(self.directory)))
+        if self.strict and intake.failures:
+            first = intake.failures[0]
+            raise InputError(
+                f"{source.name}, line {first.line}: {first.message} "
+                f"({len(intake.failures)} bad rows in all; --strict stops before any work)"
+            )
+        return intake, self.plan(intake)
+
+    def whole_plan(self, source: PromptFile) -> Plan:
+        """The plan of the whole input, whatever is done already: what warming up has to cover."""
+        return self.plan(self._take_in(source, lambda record: None))
+
+    def plan(self, intake: Intake) -> Plan:
+        return plan(intake.groups, self.batch_size, padded_sizes(self.batch_size) if self.engine.pads_batches else None)
+
+    def run(
+        self, make_engine: Callable[[], Engine], machine: dict[str, Any], say: Callable[[str], None]
+    ) -> tuple[int, dict[str, Any]]:
+        """Does what is missing. Returns the exit code and the run's totals.
+
+        Args:
+            machine: device, dtype and versions for runs.jsonl.
+
+        Raises:
+            FluxcliError: nothing more can be done; what was committed stays.
+        """
+        source = PromptFile(self.input)
+        try:
+            if self.strict:
+                self.preview(source)
+            store = JobStore(self.directory, self.identity, self.image.suffix, say)
+            try:
+                intake = self._take_in(source, store.status)
+                skipped = 0 if self.retry_failed else intake.drop(store.failed_before)
+                for line in report.failure_lines(intake.failures):
+                    say(line)
+                runner = Runner(store, intake, self.plan(intake), self.image, self.checkpoint.name, self.max_failures)
+                status = 1
+                try:
+                    with Progress(len(intake.groups)) as progress:
+                        runner.run(make_engine, progress)
+                    status = 3 if runner.totals.failures or skipped else 0
+                except Stopped as stop:
+                    status = stop.exit_code
+                    say(f"stopped by {stop}; everything finished is committed. Run the same command again to go on.")
+                finally:
+                    runner.record(status, machine)
+            finally:
+                store.close()
+        finally:
+            source.close()
+        return status, report.totals_data(runner.totals, intake.done, skipped)
+
+    def _take_in(self, source: PromptFile, status: Status) -> Intake:
+        count = Tokenizers(self.checkpoint.tokenizers).count
+        return take_in(source, self.defaults, self.text_lengths, count, status, self.limit)

@@ -1,0 +1,69 @@
+"""Rows -> batches. Pure: the same rows give the same plan, and nothing here knows files, prompts or devices."""
+
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from fluxcli.records import Group, ShapeKey
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedBatch:
+    """Row numbers that run together at `key`; rows beyond them, up to `key.batch_size`, are padding."""
+
+    key: ShapeKey
+    num_inference_steps: int
+    rows: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    batches: tuple[PlannedBatch, ...]
+
+    def shapes(self) -> list[ShapeKey]:
+        """Every shape the plan needs, largest first: the order to compile and capture them in."""
+        return sorted({batch.key for batch in self.batches}, key=lambda key: (key.tokens(), key), reverse=True)
+
+    def __iter__(self) -> Iterator[PlannedBatch]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+def bucket(text_tokens: int, text_lengths: Sequence[int]) -> int:
+    """The smallest of `text_lengths` (ascending) that holds `text_tokens`; the largest where none does."""
+    return next((length for length in text_lengths if text_tokens <= length), text_lengths[-1])
+
+
+def padded_sizes(batch_size: int) -> tuple[int, ...]:
+    """The batch sizes worth capturing a graph for: powers of two below `batch_size`, and itself."""
+    sizes = [2**power for power in range(batch_size.bit_length()) if 2**power < batch_size]
+    return (*sizes, batch_size)
+
+
+def plan(groups: Iterable[Group], batch_size: int, sizes: Sequence[int] | None = None) -> Plan:
+    """Batches of at most `batch_size` rows of one group each, largest shapes first, rows in input order within a group.
+
+    Args:
+        groups: each row's group, in input order.
+        sizes: the sizes a batch may run at, ascending and ending in `batch_size`; a short last batch is padded up to
+            the nearest. None runs every batch at its own size.
+    """
+    rows_of: dict[Group, array[int]] = {}
+    for row, group in enumerate(groups):
+        rows_of.setdefault(group, array("q")).append(row)
+    batches = []
+    for group in sorted(rows_of, key=_work, reverse=True):
+        rows = rows_of[group]
+        for start in range(0, len(rows), batch_size):
+            part = rows[start : start + batch_size]
+            size = len(part) if sizes is None else next(size for size in sizes if size >= len(part))
+            key = ShapeKey(size, group.height, group.width, group.text_length)
+            batches.append(PlannedBatch(key, group.num_inference_steps, part))
+    return Plan(tuple(batches))
+
+
+def _work(group: Group) -> tuple[int, ...]:
+    image_tokens = group.height * group.width // 256
+    return (image_tokens + group.text_length, group.num_inference_steps, *group)

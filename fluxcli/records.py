@@ -1,0 +1,135 @@
+"""The frozen records that flow through fluxcli, below everything else: row -> batch -> images -> manifest row."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+class ShapeKey(NamedTuple):
+    """What fixes every tensor shape of a denoising step: the key for planning, compiling, capturing and benchmarking.
+
+    `batch_size` is the size that runs, padding rows included. Sizes are in pixels; `text_length` in T5 tokens.
+    """
+
+    batch_size: int
+    height: int
+    width: int
+    text_length: int
+
+    def tokens(self) -> int:
+        """Text and image tokens of the whole batch: how large the shape is."""
+        return self.batch_size * (self.height * self.width // 256 + self.text_length)
+
+    def __str__(self) -> str:
+        return f"{self.batch_size} x {self.width}x{self.height}, text {self.text_length}"
+
+
+class Group(NamedTuple):
+    """Rows of one group may share a batch: one shape, one number of steps."""
+
+    height: int
+    width: int
+    text_length: int
+    num_inference_steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRecord:
+    """One image to make: an input row, checked, with every default filled in.
+
+    `guidance_scale` is None where the model takes none. `line` counts from 1 in the input. `text_tokens` is the
+    prompt's full T5 length; `text_length` the bucket it is padded (or, if `truncated`, cut) to.
+    """
+
+    id: str
+    prompt: str
+    seed: int
+    width: int
+    height: int
+    num_inference_steps: int
+    guidance_scale: float | None
+    line: int
+    meta: dict[str, Any] = field(default_factory=dict)
+    text_tokens: int = 0
+    text_length: int = 0
+
+    @property
+    def truncated(self) -> bool:
+        return self.text_tokens > self.text_length
+
+    @property
+    def group(self) -> Group:
+        return Group(self.height, self.width, self.text_length, self.num_inference_steps)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Records that run together at `key`; there may be fewer of them than `key.batch_size`."""
+
+    index: int
+    key: ShapeKey
+    num_inference_steps: int
+    records: Sequence[PromptRecord]
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """One image's share of its batch, in seconds: the device's own clock for device stages, the host's for saving."""
+
+    encode_s: float
+    denoise_s: float
+    decode_s: float
+    save_s: float = 0.0
+
+    def as_row(self) -> dict[str, float]:
+        parts = {
+            "encode_s": self.encode_s,
+            "denoise_s": self.denoise_s,
+            "decode_s": self.decode_s,
+            "save_s": self.save_s,
+        }
+        rounded = {name: round(seconds, 6) for name, seconds in parts.items()}
+        return {**rounded, "total_s": round(sum(rounded.values()), 6)}
+
+
+@dataclass(frozen=True, slots=True)
+class Pictures:
+    """What became of a batch: pixels uint8 [n, H, W, 3] on the host; whether each image's latents were finite; and each
+    image's share of the batch's device time."""
+
+    pixels: "np.ndarray[Any, Any]"
+    finite: list[bool]
+    timing: Timing
+
+
+@dataclass(frozen=True, slots=True)
+class WarmUp:
+    """One shape made ready: seconds it took, functions traced, how many of those no cache held, and its attention."""
+
+    key: ShapeKey
+    seconds: float
+    graphs: int
+    misses: int
+    attention: str
+
+    @property
+    def state(self) -> str:
+        if not self.graphs:
+            return "eager"
+        return "cold" if self.misses else "cached"
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """One row of failures.jsonl, before the store numbers its attempt and run."""
+
+    id: str | None
+    line: int
+    kind: str
+    message: str
+
+    def as_row(self) -> dict[str, Any]:
+        return {"id": self.id, "line": self.line, "error": {"type": self.kind, "message": self.message}}

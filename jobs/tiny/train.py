@@ -1,0 +1,439 @@
+"""Train the built-in pipeline: `python -m jobs.tiny.train --out DIRECTORY [--stages vae,flow]`.
+
+Two stages: the VAE learns to reconstruct rendered scenes; then both text encoders and the transformer learn together,
+by rectified flow on the VAE's latents, to turn noise into what a caption says. An exponential average of the weights
+is what is written, in bfloat16. On CUDA a whole training step, random numbers and optimizer included, is one captured
+graph: these networks are so small that launching their kernels would take longer than running them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import multiprocessing
+import os
+import random
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+from diffusers import AutoencoderKL, FluxPipeline
+from PIL import Image
+from torch import nn
+
+from jobs.tiny.data import LONGEST, Pool, build_pool
+from jobs.tiny.evaluate import KINDS, Case, cases, contact_sheet, draw, score
+from jobs.tiny.pipeline import SIZE, build, save
+from jobs.tiny.scenes import place, render
+
+VAE_BATCH = 96
+# Text length -> scenes a step, about as many tokens each, and the share of steps. Short captions appear at every
+# length, so that padding tells nothing.
+FLOW_BATCH = {64: 512, 128: 352, 256: 208, 512: 112}
+FLOW_SHARE = {64: 0.68, 128: 0.15, 256: 0.1, 512: 0.07}
+EMA_DECAY = 0.999
+WARM_UP = 300  # steps
+KL_WEIGHT = 1e-3  # of the mean KL per latent, beside the mean absolute error per colour value in -1..1
+LATENT_NOISE = 0.2  # most noise added to latents while the decoder learns, in deviations of the latents
+GUIDANCE = (0.0, 10.0)  # fed at random and never rewarded: the model learns to draw the same at any guidance
+
+
+class Log:
+    """JSON lines in a file that is appended to, and on stdout."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.start = time.monotonic()
+
+    def __call__(self, **row: object) -> None:
+        line = json.dumps({"seconds": round(time.monotonic() - self.start, 1), **row})
+        print(line, flush=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
+class Trainer:
+    """Networks, their running average and their optimizer; a step of any kind is one call, or one graph replay."""
+
+    def __init__(self, networks: nn.ModuleDict, steps: int, peak: float, device: torch.device):
+        self.networks = networks.to(device).train()
+        self.average = copy.deepcopy(self.networks).requires_grad_(False).eval()
+        self.steps, self.peak, self.device = steps, peak, device
+        self.done = 0
+        self.rate = torch.zeros((), device=device)
+        self.decay = torch.zeros((), device=device)
+        self.parameters = [p for p in networks.parameters() if p.requires_grad]
+        on_gpu = device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=self.rate, betas=(0.9, 0.98), weight_decay=0.01, fused=on_gpu, capturable=on_gpu
+        )
+        self.pool = torch.cuda.graph_pool_handle() if on_gpu else None
+
+    def schedule(self) -> None:
+        """Linear warm-up, then a cosine down to nothing; the average forgets faster while it is young."""
+        progress = torch.tensor(self.done / self.steps)
+        fall = 0.5 * (1 + torch.cos(progress * torch.pi))
+        self.rate.fill_(self.peak * min(1.0, (self.done + 1) / WARM_UP) * fall.item())
+        self.decay.fill_(1 - min(EMA_DECAY, (1 + self.done) / (10 + self.done)))
+
+    def update(self, loss: torch.Tensor) -> None:
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        with torch.no_grad():
+            average = list(self.average.parameters())
+            change = torch._foreach_sub(list(self.networks.parameters()), average)
+            torch._foreach_mul_(change, self.decay)
+            torch._foreach_add_(average, change)
+
+    def stepper(self, loss_of: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        """A function that makes one training step on `loss_of` and returns its loss; on CUDA a captured graph."""
+
+        def step() -> torch.Tensor:
+            self.optimizer.zero_grad(set_to_none=True)
+            loss = loss_of()
+            self.update(loss)
+            return loss.detach()
+
+        if self.device.type != "cuda":
+            return step
+        # Three real steps on a side stream before the capture, as it asks for; they train at the rate of the moment.
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        self.optimizer.zero_grad(set_to_none=True)  # so that the graph owns its gradients
+        with torch.cuda.graph(graph, pool=self.pool):
+            loss = step()
+
+        def replay() -> torch.Tensor:
+            graph.replay()
+            return loss
+
+        return replay
+
+    def state(self) -> dict:
+        random_state = torch.cuda.get_rng_state() if self.device.type == "cuda" else torch.get_rng_state()
+        return {"networks": self.networks.state_dict(), "average": self.average.state_dict(), "done": self.done,
+                "optimizer": self.optimizer.state_dict(), "random": random_state}
+
+    def load(self, state: dict) -> None:
+        self.networks.load_state_dict(state["networks"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.param_groups[0]["lr"] = self.rate  # load_state_dict made a copy
+        self.done = state["done"]
+        set_state = torch.cuda.set_rng_state if self.device.type == "cuda" else torch.set_rng_state
+        set_state(state["random"].cpu())
+
+
+# --- stage 1: the VAE ---------------------------------------------------------------------------------------------
+
+
+def vae_loss(vae: AutoencoderKL, rows: torch.Tensor, batch: int) -> torch.Tensor:
+    """Absolute plus squared error per colour value of randomly drawn scenes, and a little KL.
+
+    The KL keeps latents small; noise in proportion to them teaches the decoder to forgive the flow's small errors.
+    """
+    pick = torch.randint(len(rows), (batch,), device=rows.device)
+    images = render(rows[pick]) * 2 - 1
+    with torch.autocast(rows.device.type, torch.bfloat16):
+        mean, log_variance = vae.encoder(images).float().chunk(2, dim=1)
+        log_variance = log_variance.clamp(-20, 10)
+        noise = LATENT_NOISE * torch.rand(batch, 1, 1, 1, device=mean.device) * mean.detach().std()
+        latents = mean + torch.sqrt(log_variance.exp() + noise**2) * torch.randn_like(mean)
+        decoded = vae.decoder(latents)
+    gap = decoded.float() - images
+    kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+    return gap.abs().mean() + gap.square().mean() + KL_WEIGHT * kl
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, rows: torch.Tensor, batch: int = 512) -> torch.Tensor:
+    """Rows -> packed latents float16 [N, 64, 64], not yet shifted and scaled; the mean of each latent."""
+    packed = []
+    for part in rows.split(batch):
+        with torch.autocast(rows.device.type, torch.bfloat16):
+            mean = vae.encoder(render(part) * 2 - 1).chunk(2, dim=1)[0]
+        packed.append(FluxPipeline._pack_latents(mean, len(part), 16, SIZE // 8, SIZE // 8).half())
+    return torch.cat(packed)
+
+
+@torch.no_grad()
+def normalize(vae: AutoencoderKL, rows: torch.Tensor) -> None:
+    """Set the shift and scale that give latents mean 0 and deviation 1 over all channels."""
+    latents = encode(vae, rows[:8192]).float()
+    vae.register_to_config(
+        shift_factor=round(latents.mean().item(), 4), scaling_factor=round(1 / latents.std().item(), 4)
+    )
+
+
+@torch.no_grad()
+def reconstruction(vae: AutoencoderKL, wanted: list[Case], workers: Executor | None) -> dict:
+    """Unseen scenes encoded and decoded in float32: mean absolute error in grey levels, and what the judge reads."""
+    rows = torch.tensor([place(case.spec, random.Random(case.seed)) for case in wanted], device=vae.device)
+    images = render(rows)
+    decoded = torch.cat([vae.decoder(vae.encoder(part * 2 - 1).chunk(2, dim=1)[0]) for part in images.split(64)])
+    decoded = (decoded / 2 + 0.5).clamp(0, 1)
+    pixels = (decoded * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    pictures = [Image.fromarray(picture) for picture in pixels]
+    error = (decoded - images).abs().mean().item() * 255
+    return {"grey_levels": round(error, 3), "read": score(pictures, wanted, workers)}
+
+
+# --- stage 2: the flow --------------------------------------------------------------------------------------------
+
+
+def flow_networks(pipeline: FluxPipeline) -> nn.ModuleDict:
+    """The three networks trained together; every block starts as the identity, its gates closed."""
+    for name, module in pipeline.transformer.named_modules():
+        if isinstance(module, nn.Linear) and (name.endswith((".norm.linear", "norm_out.linear")) or "norm1" in name):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+    nn.init.zeros_(pipeline.transformer.proj_out.weight)
+    nn.init.zeros_(pipeline.transformer.proj_out.bias)
+    return nn.ModuleDict(
+        {name: getattr(pipeline, name) for name in ("text_encoder", "text_encoder_2", "transformer")}
+    )
+
+
+def eligible(pool: Pool) -> dict[int, torch.Tensor]:
+    """Text length -> the scenes to draw from at that length: half those that need it, half shorter ones."""
+    found, shorter = {}, torch.zeros(0, dtype=torch.long)
+    lengths = pool.lengths.cpu()
+    for length in FLOW_BATCH:
+        fits = torch.nonzero((lengths <= length) & (lengths > length // 2 if length > 64 else lengths > 0))[:, 0]
+        keep = torch.randperm(len(shorter), generator=torch.Generator().manual_seed(length))[: max(len(fits), 4096)]
+        found[length] = torch.cat([fits, shorter[keep]])
+        shorter = torch.cat([shorter, fits])
+    return {length: indices.to(pool.rows.device) for length, indices in found.items()}
+
+
+def position_ids(length: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """The transformer's positions: zero for text, row and column for the image's tokens."""
+    image = FluxPipeline._prepare_latent_image_ids(1, SIZE // 16, SIZE // 16, device, torch.float32)
+    return {"txt_ids": torch.zeros(length, 3, device=device), "img_ids": image}
+
+
+def flow_loss(
+    networks: nn.ModuleDict, pool: Pool, latents: torch.Tensor, among: torch.Tensor, batch: int,
+    ids: dict[str, torch.Tensor],
+) -> torch.Tensor:
+    """Mean squared error of the velocity `noise - latents` at random times, captions padded as `ids` say."""
+    device, length = latents.device, len(ids["txt_ids"])
+    pick = among[torch.randint(len(among), (batch,), device=device)]
+    t5_ids = nn.functional.pad(pool.t5_ids[pick, :length].long(), (0, max(0, length - LONGEST)))
+    clean = latents[pick].float()
+    noise = torch.randn_like(clean)
+    # Times spread evenly over 0..1 within the batch: as even as the sampler's steps, with less variance than chance.
+    time = (torch.arange(batch, device=device) + torch.rand(batch, device=device)) / batch
+    guidance = torch.empty(batch, device=device).uniform_(*GUIDANCE)
+    with torch.autocast(device.type, torch.bfloat16):
+        velocity = networks["transformer"](
+            hidden_states=torch.lerp(clean, noise, time[:, None, None]),
+            timestep=time,
+            guidance=guidance,
+            pooled_projections=networks["text_encoder"](pool.clip_ids[pick].long()).pooler_output,
+            encoder_hidden_states=networks["text_encoder_2"](t5_ids)[0],
+            return_dict=False,
+            **ids,
+        )[0]
+    return (velocity.float() - (noise - clean)).square().mean()
+
+
+def lengths_of_steps(seed: int, start: int, steps: int) -> Iterator[int]:
+    """The text length of each step from `start` on, the same however often training is interrupted."""
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.multinomial(torch.tensor(list(FLOW_SHARE.values())), steps, replacement=True, generator=generator)
+    return (list(FLOW_SHARE)[index] for index in draws[start:].tolist())
+
+
+# --- the run ------------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """One training run in a directory: the pipeline as it is so far, its checkpoint and its log."""
+
+    def __init__(self, arguments: argparse.Namespace, workers: ProcessPoolExecutor | None):
+        self.arguments, self.workers = arguments, workers
+        self.device = torch.device(arguments.device)
+        self.out: Path = arguments.out
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.log = Log(self.out / "train.jsonl")
+        self.checkpoint = self.out / "checkpoint.pt"
+        self.pipeline = build(self.out / "pipeline", arguments.seed)
+        self.saved = None
+        if arguments.resume and self.checkpoint.exists():
+            self.saved = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+        if arguments.vae:
+            self.use_vae(arguments.vae)
+        pool = build_pool(self.out / "pipeline", arguments.scenes, arguments.seed, workers)
+        self.log(pool=arguments.scenes, mean_tokens=pool.lengths.float().mean().item())
+        self.pool = pool.to(self.device)
+        self.deadline = self.log.start + arguments.seconds
+
+    def use_vae(self, directory: Path) -> None:
+        self.pipeline.register_modules(vae=AutoencoderKL.from_pretrained(directory))
+
+    def stages(self) -> list[str]:
+        """The stages still to do, in order."""
+        stages = self.arguments.stages.split(",")
+        if self.saved and self.saved["stage"] == "flow" and "vae" in stages:
+            stages.remove("vae")
+            self.use_vae(self.out / "pipeline" / "vae")
+        return stages
+
+    def resume(self, trainer: Trainer, stage: str) -> None:
+        if self.saved and self.saved["stage"] == stage:
+            trainer.load(self.saved)
+            self.saved = None
+            self.log(stage=stage, resumed=trainer.done)
+
+    def keep(self, trainer: Trainer, stage: str) -> None:
+        """Write the checkpoint and the average; the checkpoint replaces its predecessor at once."""
+        unfinished = self.checkpoint.with_suffix(".part")
+        torch.save({"stage": stage, **trainer.state()}, unfinished)
+        unfinished.replace(self.checkpoint)
+        for name, network in trainer.average.items():
+            self.pipeline.register_modules(**{name: network})
+        save(copy.deepcopy(self.pipeline).to("cpu"), self.out / "pipeline")
+
+    def train(self, trainer: Trainer, stage: str, next_step: Callable[[], torch.Tensor],
+              evaluate: Callable[[], dict]) -> None:
+        """Steps until the stage is done or the time is up; log, evaluate and keep at even intervals."""
+        arguments = self.arguments
+        total, since, begun = torch.zeros((), device=self.device), 0, time.monotonic()
+        while trainer.done < trainer.steps and time.monotonic() < self.deadline:
+            trainer.schedule()
+            total += next_step()
+            trainer.done += 1
+            since += 1
+            if trainer.done % arguments.log_every == 0 or trainer.done == trainer.steps:
+                loss = total.item() / since
+                pace = since / (time.monotonic() - begun)
+                self.log(stage=stage, step=trainer.done, loss=round(loss, 5), steps_per_second=round(pace, 1))
+                total.zero_()
+                since, begun = 0, time.monotonic()
+            if trainer.done % arguments.keep_every == 0 and trainer.done < trainer.steps:
+                self.log(stage=stage, step=trainer.done, **evaluate())
+                self.keep(trainer, stage)
+                begun = time.monotonic()
+        self.log(stage=stage, step=trainer.done, finished=trainer.done == trainer.steps, **evaluate())
+        self.keep(trainer, stage)
+
+    def vae_stage(self) -> None:
+        arguments = self.arguments
+        torch.manual_seed(arguments.seed + 1)
+        networks = nn.ModuleDict({"vae": self.pipeline.vae})
+        trainer = Trainer(networks, arguments.vae_steps, arguments.vae_rate, self.device)
+        self.resume(trainer, "vae")
+        average: AutoencoderKL = trainer.average["vae"]
+        step = trainer.stepper(lambda: vae_loss(trainer.networks["vae"], self.pool.rows, arguments.vae_batch))
+
+        def evaluate() -> dict:
+            normalize(average, self.pool.rows)
+            return {"shift": average.config.shift_factor, "scale": average.config.scaling_factor,
+                    **reconstruction(average, cases("mixed", arguments.cases), self.workers)}
+
+        self.train(trainer, "vae", step, evaluate)
+        self.use_vae(self.out / "pipeline" / "vae")  # rounded as it ships, so that the flow learns its very latents
+
+    def flow_stage(self) -> None:
+        arguments = self.arguments
+        vae = self.pipeline.vae.to(self.device).requires_grad_(False).eval()
+        latents = (encode(vae, self.pool.rows) - vae.config.shift_factor) * vae.config.scaling_factor
+        self.log(stage="flow", latents=list(latents.shape), deviation=round(latents[:4096].float().std().item(), 3))
+        torch.manual_seed(arguments.seed + 2)
+        trainer = Trainer(flow_networks(self.pipeline), arguments.flow_steps, arguments.flow_rate, self.device)
+        self.resume(trainer, "flow")
+        if arguments.compile:
+            torch._dynamo.config.recompile_limit = 64  # one for each text length and kind of block
+            if arguments.compile_cache and arguments.compile_cache.exists():
+                torch.compiler.load_cache_artifacts(arguments.compile_cache.read_bytes())
+            transformer = trainer.networks["transformer"]
+            for block in [*transformer.transformer_blocks, *transformer.single_transformer_blocks]:
+                block.compile(dynamic=False)
+        trainer.schedule()
+        steppers = {}
+        for length, among in eligible(self.pool).items():
+            batch = max(1, int(FLOW_BATCH[length] * arguments.flow_scale))
+            ids = position_ids(length, self.device)
+            loss_of = partial(flow_loss, trainer.networks, self.pool, latents, among, batch, ids)
+            steppers[length] = trainer.stepper(loss_of)
+            self.log(stage="flow", captured=length, batch=batch, scenes=len(among))
+        if arguments.compile and arguments.compile_cache:
+            artifacts = torch.compiler.save_cache_artifacts()
+            arguments.compile_cache.write_bytes(artifacts[0] if artifacts else b"")
+        lengths = lengths_of_steps(arguments.seed, trainer.done, arguments.flow_steps)
+        self.pipeline.register_modules(**dict(trainer.average.items()))
+        for network in (vae, *trainer.average.values()):
+            network.to(self.device)
+
+        def evaluate(kinds: tuple[str, ...] = KINDS, text_length: int | None = None) -> dict:
+            scores = {}
+            for kind in kinds:
+                wanted = cases(kind, arguments.cases)
+                pictures = draw(self.pipeline, wanted, text_length, batch=256)
+                scores[kind] = score(pictures, wanted, self.workers)
+                contact_sheet(pictures[:64]).save(self.out / f"{kind}.png")
+            return scores
+
+        self.train(trainer, "flow", lambda: steppers[next(lengths)](), evaluate)
+        for length in FLOW_BATCH if arguments.final_lengths else ():
+            self.log(stage="flow", text_length=length, **evaluate(("single", "pair"), length))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    cuda = torch.cuda.device_count() > 0
+    parser.add_argument("--out", type=Path, required=True, help="directory of the run and, below it, of the pipeline")
+    parser.add_argument("--stages", default="vae,flow")
+    parser.add_argument("--vae", type=Path, help="start from this trained VAE (a diffusers directory)")
+    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scenes", type=int, default=500_000)
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--vae-steps", type=int, default=6000)
+    parser.add_argument("--vae-batch", type=int, default=VAE_BATCH)
+    parser.add_argument("--vae-rate", type=float, default=2e-3)
+    parser.add_argument("--flow-steps", type=int, default=30_000)
+    parser.add_argument("--flow-scale", type=float, default=1.0, help="multiplies the scenes of a step")
+    parser.add_argument("--flow-rate", type=float, default=1.5e-3)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=cuda)
+    parser.add_argument("--compile-cache", type=Path, help="keep compiled kernels in this file from run to run")
+    parser.add_argument("--log-every", type=int, default=250)
+    parser.add_argument("--keep-every", type=int, default=5000)
+    parser.add_argument("--cases", type=int, default=256, help="unseen prompts of each kind in an evaluation")
+    parser.add_argument("--final-lengths", action="store_true", help="evaluate at every text length at the end")
+    parser.add_argument("--seconds", type=float, default=1e9, help="stop and keep what there is after this long")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse()
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
+    workers = None
+    if arguments.workers > 1:  # forked before CUDA starts
+        workers = ProcessPoolExecutor(arguments.workers, mp_context=multiprocessing.get_context("fork"))
+        list(workers.map(abs, range(64)))
+    run = Run(arguments, workers)
+    for stage in run.stages():
+        {"vae": run.vae_stage, "flow": run.flow_stage}[stage]()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""What only a GPU can show: compiled blocks, captured graphs, bfloat16 parity, and caches that outlive the process."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fluxcli.checkpoints import resolve
+from fluxcli.engine.device import resolve as resolve_device
+from fluxcli.engine.engine import Engine
+from fluxcli.engine.sampling import stack_noise
+from fluxcli.errors import DeviceError
+from fluxcli.records import Batch, ShapeKey
+from tests.engine.test_parity import records, run, worst
+from tests.pipelines import DEEP, DEV, SCHNELL, Shape
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here"),
+]
+
+
+def engine(directory: Path, dtype: str = "bfloat16", attention: str = "auto") -> Engine:
+    return Engine(resolve(str(directory)), resolve_device("cuda", dtype, None, attention))
+
+
+def diffusers_on_gpu(directory: Path, rows, dtype: torch.dtype, noise_dtype: torch.dtype) -> np.ndarray:
+    """The reference, from noise drawn in `noise_dtype`: bfloat16 and float32 noise of one seed are different numbers."""
+    from diffusers import FluxPipeline
+
+    pipe = FluxPipeline.from_pretrained(directory, dtype=dtype).to("cuda")
+    pipe.set_progress_bar_config(disable=True)
+    pictures = [
+        pipe(
+            row.prompt, width=row.width, height=row.height, num_inference_steps=row.num_inference_steps,
+            guidance_scale=row.guidance_scale or 0.0, max_sequence_length=row.text_length,
+            latents=stack_noise([row.seed], 16, row.height // 8, row.width // 8, noise_dtype).to("cuda", dtype),
+        ).images[0]
+        for row in rows
+    ]  # fmt: skip
+    return np.stack([np.asarray(picture) for picture in pictures])
+
+
+@pytest.mark.parametrize("shape", [DEV, SCHNELL, DEEP], ids=lambda shape: shape.name)
+def test_bfloat16_is_as_close_to_the_truth_as_diffusers_is(shape: Shape, pipeline) -> None:
+    directory = pipeline(shape)
+    rows = records(shape, 3, 128, 64, 64, steps=4)
+    ours = run(engine(directory), rows).astype(float)
+    theirs = diffusers_on_gpu(directory, rows, torch.bfloat16, torch.bfloat16).astype(float)
+    exact = diffusers_on_gpu(directory, rows, torch.float32, torch.bfloat16).astype(float)
+    errors = [np.abs(a - b).mean() for a, b in ((ours, theirs), (ours, exact), (theirs, exact))]
+    print("{}: ours-theirs {:.3f}, ours-exact {:.3f}, theirs-exact {:.3f} grey levels".format(shape.name, *errors))
+    assert errors[1] <= 1.2 * errors[2] + 0.05
+
+
+def test_float32_equals_diffusers(pipeline) -> None:
+    directory = pipeline(DEV)
+    rows = records(DEV, 2, 64, 64, 64, steps=3)
+    theirs = diffusers_on_gpu(directory, rows, torch.float32, torch.float32)
+    assert worst(run(engine(directory, "float32"), rows), theirs) <= 2
+
+
+def test_every_step_is_one_replay_of_the_shapes_graph(pipeline) -> None:
+    made = engine(pipeline(DEV))
+    rows = records(DEV, 2, 64, 64, 64, steps=5)
+    key = ShapeKey(2, 64, 64, 64)
+    made.warm_up([key])
+    assert made.replays == 0
+    for _ in range(3):
+        run(made, rows)
+    assert made.replays == 15
+
+
+def test_padding_neighbours_and_other_shapes_in_between_change_nothing(pipeline) -> None:
+    made = engine(pipeline(DEV))
+    rows = records(DEV, 4, 64, 64, 64, steps=3)
+    full = run(made, rows)
+    wide = run(made, records(DEV, 2, 128, 64, 64, steps=2))
+    assert (run(made, rows[:3], size=4) == full[:3]).all()
+    assert (run(made, rows[::-1])[::-1] == full).all()
+    assert (run(made, records(DEV, 2, 128, 64, 64, steps=2)) == wide).all()
+
+
+def test_two_batches_in_flight_keep_their_own_pixels(pipeline) -> None:
+    made = engine(pipeline(DEV))
+    rows = records(DEV, 4, 64, 64, 64, steps=3)
+    key = ShapeKey(2, 64, 64, 64)
+    one, two = (Batch(i, key, 3, rows[2 * i : 2 * i + 2]) for i in range(2))
+    made.warm_up([key])
+    first, second = made.submit(one), made.submit(two)
+    assert (first.result().pixels == run(made, rows[:2])).all()
+    assert (second.result().pixels == run(made, rows[2:])).all()
+
+
+@pytest.mark.parametrize("backend", ["cudnn", "sdpa", "fa4"])
+def test_every_installed_attention_gives_the_same_picture(backend: str, pipeline) -> None:
+    directory = pipeline(DEEP)
+    try:
+        made = engine(directory, attention=backend)
+    except DeviceError as error:
+        pytest.skip(str(error))
+    rows = records(DEEP, 2, 128, 128, 64, steps=3)
+    difference = np.abs(run(made, rows).astype(int) - run(engine(directory, attention="sdpa"), rows).astype(int))
+    assert difference.mean() < 2
+
+
+def test_an_attention_that_cannot_run_is_refused(pipeline) -> None:
+    with pytest.raises(DeviceError, match="--attention cudnn"):
+        engine(pipeline(DEV), dtype="float32", attention="cudnn")
+
+
+def test_a_second_process_compiles_nothing(pipeline, tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-m", "fluxcli", "warmup", "-m", pipeline(DEV), "--size", "128x64", "--batch-size", "2",
+        "--text-lengths", "64,128", "--json",
+    ]  # fmt: skip
+    environment = {**os.environ, "FLUXCLI_CACHE": str(tmp_path)}
+    first, second = (
+        json.loads(subprocess.run(command, capture_output=True, check=True, env=environment).stdout) for _ in range(2)
+    )
+    assert [shape["state"] for shape in first["shapes"]] == ["cold", "cold"]
+    assert [shape["state"] for shape in second["shapes"]] == ["cached", "cached"]
