@@ -8,6 +8,7 @@ import sys
 import time
 import tomllib
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -41,6 +42,7 @@ class _Cli(click.Group):
         sys.exit(code if isinstance(code, int) else 0)
 
     def invoke(self, ctx: click.Context) -> Any:
+        warnings.simplefilter("ignore")  # the libraries' remarks to their own users
         if os.environ.get("NO_COLOR"):
             ctx.color = False
         try:
@@ -381,6 +383,30 @@ def warmup(input: str | None, sizes: Sequence[tuple[int, int]], batch_size: int,
         click.echo(json.dumps({"shapes": rows, "seconds": round(seconds, 3), "cache": str(cache.root())}))
 
 
+@cli.command()
+@click.argument("directory", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--repair", is_flag=True, help="Remove what is broken, so that the next run makes it again.")
+@click.option("--yes", is_flag=True, help="Repair without asking.")
+@_json
+@_verbosity
+@click.pass_context
+def verify(ctx: click.Context, /, directory: Path, repair: bool, yes: bool, as_json: bool) -> None:
+    """Re-check the job in DIRECTORY: decode, hash and count every image.
+
+    Exits with 1 if anything is not as the manifest says.
+    """
+    from fluxcli.job import verify as job
+
+    verdict = job.verify(directory)
+    say(verdict.as_lines())
+    if as_json:
+        click.echo(json.dumps(verdict.as_data(), ensure_ascii=False))
+    if repair and verdict.problems and (yes or click.confirm("Remove all of these?", err=True)):
+        job.repair(verdict)
+        say("removed; run the job again to make what is missing")
+    ctx.exit(1 if verdict.problems else 0)
+
+
 def say(text: str) -> None:
     """Everything for people goes to stderr; stdout carries results."""
     click.echo(text, err=True)
@@ -406,6 +432,7 @@ def _checkpoint(name: str | None, revision: str | None) -> "Checkpoint":
 def _engine(checkpoint: "Checkpoint", engine_config: config.EngineConfig) -> Any:
     from fluxcli.engine.engine import Engine
 
+    say(f"loading {checkpoint.name} ({engine_config.dtype}) on {engine_config.device}")
     return Engine(checkpoint, engine_config)
 
 

@@ -5,7 +5,8 @@ FluxcliError            exit 1: nothing more could be done
 ├── ModelError          the model cannot be found or its files are not what they should be
 ├── DeviceError         the device, dtype or attention asked for is not there
 ├── InputError          the input file cannot be read, or a bad row under --strict
-└── JobError            the output directory: another job's, somebody else's, or not writable
+├── JobError            the output directory: another job's, somebody else's, or not writable
+└── OutOfMemory         a batch that does not fit the device; the runner tries smaller ones
 RowError                one bad input row: becomes a line in failures.jsonl, never an exit
 """
 
@@ -33,6 +34,10 @@ class InputError(FluxcliError):
 
 
 class JobError(FluxcliError):
+    pass
+
+
+class OutOfMemory(FluxcliError):
     pass
 
 

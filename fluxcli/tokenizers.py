@@ -1,7 +1,6 @@
 """A pipeline's two tokenizers, as its model_index.json names them. Torch-free: the planner counts with these, the
 engine takes its ids from them."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ class Tokenizers:
     """CLIP (`tokenizer/`) and T5 (`tokenizer_2/`) of a diffusers pipeline directory."""
 
     def __init__(self, directory: Path) -> None:
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         classes = read_json(directory / "model_index.json")
         self._clip = _load(directory, "tokenizer", classes)
         self._t5 = _load(directory, "tokenizer_2", classes)

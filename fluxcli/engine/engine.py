@@ -3,6 +3,7 @@ the captured graphs; it writes no files and knows no command line."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from fluxcli.engine.text import TextEncoders
 from fluxcli.engine.transformer import ROPE_THETA, Rope
 from fluxcli.engine.vae import Decoder
 from fluxcli.engine.weights import load_transformer
+from fluxcli.errors import DeviceError, OutOfMemory
 from fluxcli.records import Batch, Pictures, PromptRecord, ShapeKey, Timing, WarmUp
 from fluxcli.tokenizers import Tokenizers
 
@@ -69,13 +71,15 @@ class Engine:
 
         Raises:
             DeviceError: an attention backend chosen by name cannot run a shape.
+            OutOfMemory: a shape does not fit the device.
         """
         done = []
         for key in keys:
             before, start = compile_counts(), time.perf_counter()
-            prepared = self._prepare(key)
-            if self._cuda:
-                torch.cuda.synchronize()
+            with _device_faults(key):
+                prepared = self._prepare(key)
+                if self._cuda:
+                    torch.cuda.synchronize()
             new = compile_counts() - before
             done.append(WarmUp(key, time.perf_counter() - start, new["graphs"], new["misses"], prepared.backend))
             report(done[-1])
@@ -83,7 +87,16 @@ class Engine:
 
     @torch.inference_mode()
     def submit(self, batch: Batch) -> "InFlight":
-        """Starts a batch. On CUDA it returns while the device works, so that the next batch can be queued behind it."""
+        """Starts a batch. On CUDA it returns while the device works, so that the next batch can be queued behind it.
+
+        Raises:
+            OutOfMemory: the batch does not fit; what was submitted before is unharmed.
+            DeviceError: the device itself failed.
+        """
+        with _device_faults(batch.key):
+            return self._submit(batch)
+
+    def _submit(self, batch: Batch) -> "InFlight":
         prepared = self._prepare(batch.key)
         records = [*batch.records, *[batch.records[-1]] * (batch.key.batch_size - len(batch.records))]
         clock = _Clock(self._cuda)
@@ -91,11 +104,9 @@ class Engine:
         clock.mark()
         img = self._denoise(batch, records, txt, vec, prepared)
         clock.mark()
-        latents = sampling.unpack(img, *self._latent_size(batch.key))
-        pixels = self._decoder(latents)
-        finite = torch.isfinite(latents).all(dim=(1, 2, 3))
+        pixels, finite = self._decoder(sampling.unpack(img, *self._latent_size(batch.key)))
         clock.mark()
-        return InFlight(len(batch.records), *self._to_host(pixels, finite), clock)
+        return InFlight(batch, *self._to_host(pixels, finite), clock)
 
     def _encode(self, key: ShapeKey, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         t5_ids = self._upload(torch.tensor(self._tokenizers.t5(prompts, key.text_length)))
@@ -210,9 +221,9 @@ class InFlight:
     """A submitted batch; `result()` waits for it."""
 
     def __init__(
-        self, images: int, pixels: Tensor, finite: Tensor, arrived: "torch.cuda.Event | None", clock: "_Clock"
+        self, batch: Batch, pixels: Tensor, finite: Tensor, arrived: "torch.cuda.Event | None", clock: "_Clock"
     ) -> None:
-        self._images, self._pixels, self._finite = images, pixels, finite
+        self._batch, self._pixels, self._finite = batch, pixels, finite
         self._arrived, self._clock = arrived, clock
 
     def ready(self) -> bool:
@@ -220,10 +231,12 @@ class InFlight:
         return self._arrived is None or self._arrived.query()
 
     def result(self) -> Pictures:
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        share = [seconds / self._images for seconds in self._clock.seconds()]
-        return Pictures(self._pixels[: self._images].numpy(), self._finite[: self._images].tolist(), Timing(*share))
+        images = len(self._batch.records)
+        with _device_faults(self._batch.key):
+            if self._arrived is not None:
+                self._arrived.synchronize()
+            share = [seconds / images for seconds in self._clock.seconds()]
+        return Pictures(self._pixels[:images].numpy(), self._finite[:images].tolist(), Timing(*share))
 
 
 class _Clock:
@@ -246,6 +259,25 @@ class _Clock:
         if self._cuda:
             return [start.elapsed_time(end) / 1e3 for start, end in pairs]
         return [end - start for start, end in pairs]
+
+
+@contextmanager
+def _device_faults(key: ShapeKey) -> Iterator[None]:
+    """Sorts what a device can raise into what a smaller batch may cure and what nothing will."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        torch.cuda.empty_cache()
+        raise OutOfMemory(f"the device has no memory for {key}") from error
+    except torch.AcceleratorError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise DeviceError(
+            f"the device failed at {key}: {reason}. Nothing committed is lost; run again to go on"
+        ) from error
+    except RuntimeError as error:
+        if "can't allocate memory" in str(error):  # how torch says it on a CPU
+            raise OutOfMemory(f"the machine has no memory for {key}") from error
+        raise
 
 
 def _compile_blocks(*stacks: torch.nn.ModuleList) -> None:

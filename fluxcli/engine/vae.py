@@ -26,17 +26,22 @@ class Decoder:
         if compile:
             self._vae.decoder.compile(fullgraph=True, dynamic=False)
 
-    def __call__(self, latents: Tensor) -> Tensor:
-        """latents [B, C, H, W] -> uint8 [B, 8H, 8W, 3], rounded to nearest."""
+    def __call__(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """latents [B, C, H, W] -> uint8 [B, 8H, 8W, 3], rounded to nearest; and whether each was finite [B]: what is
+        not would come out as a black picture."""
         size = chunk_size(len(latents), latents.shape[-1] * latents.shape[-2] * self.scale**2)
-        return torch.cat([self._decode(part) for part in latents.split(size)])
+        parts = [self._decode(part) for part in latents.split(size)]
+        pixels, finite = (torch.cat(each) for each in zip(*parts, strict=True))
+        return pixels, finite
 
-    def _decode(self, latents: Tensor) -> Tensor:
+    def _decode(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         latents = latents / self._factor + self._shift
         if self._channels_last:
             latents = latents.contiguous(memory_format=torch.channels_last)
-        pixels = self._vae.decode(latents, return_dict=False)[0]
-        return ((pixels.float() * 0.5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+        pixels = self._vae.decode(latents, return_dict=False)[0].float()
+        finite = torch.isfinite(pixels).all(dim=(1, 2, 3))
+        rounded = ((pixels * 0.5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+        return rounded.permute(0, 2, 3, 1).contiguous(), finite
 
 
 def chunk_size(batch: int, pixels: int) -> int:

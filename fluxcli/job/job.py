@@ -14,11 +14,12 @@ from fluxcli.config import EngineConfig, ImageFormat, RowDefaults
 from fluxcli.errors import InputError, JobError
 from fluxcli.job import report
 from fluxcli.job.intake import Intake, Status, take_in
+from fluxcli.job.lock import utc_now
 from fluxcli.job.plan import Plan, padded_sizes, plan
 from fluxcli.job.progress import Progress
 from fluxcli.job.prompts import PromptFile
 from fluxcli.job.runner import Engine, Runner, Stopped
-from fluxcli.job.store import JobStore, check_identity, committed_status, read_committed, utc_now
+from fluxcli.job.store import JobStore, check_identity, committed_status, read_committed
 from fluxcli.tokenizers import Tokenizers
 
 

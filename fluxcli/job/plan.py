@@ -19,6 +19,12 @@ class PlannedBatch:
 @dataclass(frozen=True, slots=True)
 class Plan:
     batches: tuple[PlannedBatch, ...]
+    sizes: tuple[int, ...] | None = None
+
+    def at_own_size(self, batch: PlannedBatch, rows: Sequence[int]) -> PlannedBatch:
+        """Some of a batch's rows as a batch of their own."""
+        key = batch.key._replace(batch_size=_size(len(rows), self.sizes))
+        return PlannedBatch(key, batch.num_inference_steps, rows)
 
     def shapes(self) -> list[ShapeKey]:
         """Every shape the plan needs, largest first: the order to compile and capture them in."""
@@ -58,10 +64,13 @@ def plan(groups: Iterable[Group], batch_size: int, sizes: Sequence[int] | None =
         rows = rows_of[group]
         for start in range(0, len(rows), batch_size):
             part = rows[start : start + batch_size]
-            size = len(part) if sizes is None else next(size for size in sizes if size >= len(part))
-            key = ShapeKey(size, group.height, group.width, group.text_length)
+            key = ShapeKey(_size(len(part), sizes), group.height, group.width, group.text_length)
             batches.append(PlannedBatch(key, group.num_inference_steps, part))
-    return Plan(tuple(batches))
+    return Plan(tuple(batches), None if sizes is None else tuple(sizes))
+
+
+def _size(rows: int, sizes: Sequence[int] | None) -> int:
+    return rows if sizes is None else next(size for size in sizes if size >= rows)
 
 
 def _work(group: Group) -> tuple[int, ...]:

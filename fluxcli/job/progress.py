@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable
 from types import TracebackType
+from typing import Any
 
 from tqdm import tqdm
 
@@ -11,13 +12,18 @@ _SECONDS_BETWEEN_LINES = 30.0
 
 
 class Progress:
-    """Counts images done and failed out of `total`."""
+    """Counts images done and failed out of `total`, from `start` on: getting the model ready is no part of the rate."""
 
     def __init__(self, total: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._total, self._clock = total, clock
         self._done = self._failed = 0
         self._started = self._last_line = clock()
-        self._bar = tqdm(total=total, unit="img", file=sys.stderr, dynamic_ncols=True) if sys.stderr.isatty() else None
+        self._bar: tqdm[Any] | None = None
+
+    def start(self) -> None:
+        self._started = self._last_line = self._clock()
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=self._total, unit="img", file=sys.stderr, dynamic_ncols=True)
 
     def __enter__(self) -> "Progress":
         return self

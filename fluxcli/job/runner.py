@@ -17,12 +17,13 @@ from typing import Any, Protocol
 
 from fluxcli import __version__
 from fluxcli.config import ImageFormat
-from fluxcli.errors import FluxcliError
+from fluxcli.errors import FluxcliError, OutOfMemory
 from fluxcli.job import images
 from fluxcli.job.intake import Intake
+from fluxcli.job.lock import utc_now
 from fluxcli.job.plan import Plan, PlannedBatch
 from fluxcli.job.progress import Progress
-from fluxcli.job.store import JobStore, Written, record_settings, utc_now
+from fluxcli.job.store import JobStore, Written, record_settings
 from fluxcli.records import Batch, Failure, Pictures, PromptRecord, ShapeKey, Timing, WarmUp
 
 # Encoded batches that may wait for the disk before the device waits for them: bounds the host's memory.
@@ -96,6 +97,8 @@ class Runner:
         self._format, self._model, self._max_failures = format, model, max_failures
         self.totals = Totals()
         self._placed = 0
+        self._limits: dict[ShapeKey, int] = {}  # shape, its batch size zeroed -> largest batch known to fit
+        self._failing = threading.Lock()
         self._started_at = utc_now()
 
     def run(self, make_engine: Callable[[], Engine], progress: Progress) -> Totals:
@@ -110,7 +113,7 @@ class Runner:
             if len(self._plan):
                 start = time.perf_counter()
                 engine = make_engine()
-                engine.warm_up(self._plan.shapes(), lambda one: _tell(one, progress))
+                self._warm_up(engine, progress)
                 self.totals.warm_up_s = time.perf_counter() - start
                 stopping.idle = False
                 self._run_batches(engine, progress, stopping)
@@ -128,6 +131,7 @@ class Runner:
                 "versions": {"fluxcli": __version__, "python": platform.python_version(), **device["versions"]},
                 "started_at": self._started_at,
                 "finished_at": utc_now(),
+                "planned": len(self._intake.groups),
                 "images": totals.images,
                 "failures": totals.failures,
                 "seconds": round(totals.seconds, 3),
@@ -138,9 +142,16 @@ class Runner:
             }
         )
 
+    def _warm_up(self, engine: Engine, progress: Progress) -> None:
+        for key in self._plan.shapes():
+            try:
+                engine.warm_up([key], lambda one: _tell(one, progress))
+            except OutOfMemory as error:
+                self._halve(key, progress, error)
+
     def _run_batches(self, engine: Engine, progress: Progress, stopping: "_Stopping") -> None:
         start = time.perf_counter()
-        in_flight: tuple[Batch, Flight] | None = None
+        progress.start()
         commits: deque[Future[None]] = deque()
         with (
             ThreadPoolExecutor(_ENCODERS, "encode") as encoders,
@@ -160,26 +171,76 @@ class Runner:
                     commits.popleft().result()
 
             try:
-                for index, planned in enumerate(self._plan):
-                    if in_flight and in_flight[1].ready():
-                        finish(*in_flight)
-                        in_flight = None
-                    if stopping.signal is not None:
-                        break
-                    batch = self._batch(index, planned)
-                    submitted = engine.submit(batch)
-                    if in_flight:
-                        finish(*in_flight)
-                    in_flight = (batch, submitted)
-                if in_flight:
-                    finish(*in_flight)
+                self._submit_all(engine, progress, stopping, finish)
             finally:
                 while commits:
                     commits.popleft().result()
                 self.totals.seconds = time.perf_counter() - start
 
-    def _batch(self, index: int, planned: PlannedBatch) -> Batch:
-        return Batch(index, planned.key, planned.num_inference_steps, self._intake.records(planned.rows))
+    def _submit_all(
+        self, engine: Engine, progress: Progress, stopping: "_Stopping", finish: Callable[[Batch, Flight], None]
+    ) -> None:
+        """Queues one batch behind the other. A batch that fails goes back in halves, so that what made it fail costs no
+        other row its image."""
+        waiting = deque(self._plan)
+        in_flight: tuple[Batch, Flight] | None = None
+        index = 0
+        while waiting and stopping.signal is None:
+            if in_flight and in_flight[1].ready():
+                finish(*in_flight)
+                in_flight = None
+            planned = waiting.popleft()
+            if len(planned.rows) > self._limit(planned.key):
+                waiting.extendleft(reversed(self._split(planned)))
+                continue
+            batch = Batch(index, planned.key, planned.num_inference_steps, self._intake.records(planned.rows))
+            index += 1
+            submitted = None
+            try:
+                submitted = engine.submit(batch)
+            except OutOfMemory as error:
+                self._halve(batch.key, progress, error)
+                self._retry(planned, batch, "out_of_memory", error, waiting, progress)
+            except FluxcliError:
+                raise
+            except Exception as error:
+                self._retry(planned, batch, "engine_error", error, waiting, progress)
+            if in_flight:
+                finish(*in_flight)
+            in_flight = (batch, submitted) if submitted else None
+        if in_flight:
+            finish(*in_flight)
+
+    def _retry(
+        self,
+        planned: PlannedBatch,
+        batch: Batch,
+        kind: str,
+        error: Exception,
+        waiting: "deque[PlannedBatch]",
+        progress: Progress,
+    ) -> None:
+        if len(planned.rows) > 1:
+            waiting.extendleft(reversed(self._split(planned)))
+            return
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        record = batch.records[0]
+        self._fail([Failure(record.id, record.line, kind, reason)], progress)
+
+    def _split(self, planned: PlannedBatch) -> list[PlannedBatch]:
+        """Two halves, each at the smallest batch size that the plan's rules allow it."""
+        middle = (len(planned.rows) + 1) // 2
+        return [self._plan.at_own_size(planned, rows) for rows in (planned.rows[:middle], planned.rows[middle:])]
+
+    def _limit(self, key: ShapeKey) -> int:
+        return self._limits.get(key._replace(batch_size=0), key.batch_size)
+
+    def _halve(self, key: ShapeKey, progress: Progress, error: OutOfMemory) -> None:
+        """Remembers, for this shape, that batches of this size do not fit."""
+        limit = max(1, key.batch_size // 2)
+        self._limits[key._replace(batch_size=0)] = limit
+        if key.batch_size > 1:
+            progress.say(f"{error}: going on with batches of at most {limit}")
 
     def _place(self, record: PromptRecord) -> Any:
         path = self._store.place(record.id, self._placed)
@@ -236,8 +297,9 @@ class Runner:
     def _fail(self, failures: Sequence[Failure], progress: Progress) -> None:
         if not failures:
             return
-        self._store.fail(failures)
-        self.totals.failures += len(failures)
+        with self._failing:  # rows fail in the loop, in the plan and at the commit
+            self._store.fail(failures)
+            self.totals.failures += len(failures)
         progress.advance(0, failed=len(failures))
         if self._max_failures is not None and self.totals.failures > self._max_failures:
             first = failures[0]

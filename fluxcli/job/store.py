@@ -7,26 +7,35 @@ clears or redoes at the next start.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-import socket
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from fluxcli.errors import JobError, RowError
+from fluxcli.job.files import (
+    TEMPORARY,
+    append_rows,
+    cut_torn_line,
+    fsync_directory,
+    json_text,
+    read_rows,
+    write_atomically,
+)
+from fluxcli.job.lock import Lock, utc_now
 from fluxcli.records import Failure, PromptRecord
 
 FILES_PER_DIRECTORY = 10_000
-_TEMPORARY = ".tmp"
-_HEARTBEAT = 15.0  # seconds
-_DEAD_AFTER = 90.0
+# What a start relies on in the rows of each file.
+FAILURE_KEYS = ("id", "line", "attempt")
+RUN_KEYS = ("run",)
+_SETTINGS = ("prompt", "seed", "width", "height", "num_inference_steps", "guidance_scale")
+MANIFEST_KEYS = ("id", "file_name", "sha256", "run", "finished_at", *_SETTINGS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +70,7 @@ class JobStore:
         self._runs_path = directory / "runs.jsonl"
         with self._writing():
             directory.mkdir(parents=True, exist_ok=True)
-            self._lock = _Lock(directory)
+            self._lock = Lock(directory)
             try:
                 check_identity(directory, identity)
                 self._recover(identity)
@@ -97,7 +106,7 @@ class JobStore:
         """Puts a picture into its temporary file, on disk for sure. Safe to call from several threads."""
         with self._writing():
             final.parent.mkdir(parents=True, exist_ok=True)
-            temporary = final.with_name(f".{final.name}{_TEMPORARY}")
+            temporary = final.with_name(f".{final.name}{TEMPORARY}")
             now = utc_now()
             with temporary.open("wb") as file:
                 file.write(data)
@@ -113,8 +122,8 @@ class JobStore:
             for each in written:
                 os.replace(each.temporary, each.final)
             for folder in {each.final.parent for each in written}:
-                _fsync_directory(folder)
-            _append(self._manifest_path, rows)
+                fsync_directory(folder)
+            append_rows(self._manifest_path, rows)
             for each in written:
                 stray = self._orphans.pop(each.final.name, None)
                 if stray is not None and stray != each.final:
@@ -130,12 +139,12 @@ class JobStore:
             self._attempts[key] = attempt = self._attempts.get(key, 0) + 1
             rows.append({**failure.as_row(), "attempt": attempt, "run": self.run})
         with self._writing():
-            _append(self._failures_path, rows)
+            append_rows(self._failures_path, rows)
 
     def record_run(self, row: dict[str, Any]) -> None:
         """Appends this start's row to runs.jsonl."""
         with self._writing():
-            _append(self._runs_path, [{"run": self.run, **row}])
+            append_rows(self._runs_path, [{"run": self.run, **row}])
 
     def _recover(self, identity: dict[str, Any]) -> None:
         job = self.directory / "job.json"
@@ -143,15 +152,16 @@ class JobStore:
             for name in ("images", "manifest.jsonl"):
                 if (self.directory / name).exists():
                     raise JobError(f"{self.directory}: has {name} but no job.json, so it is no job; choose another -o")
-            _write_atomically(job, json.dumps(identity, indent=2, ensure_ascii=False) + "\n")
+            write_atomically(job, [json.dumps(identity, indent=2, ensure_ascii=False), "\n"])
         for path in (self._manifest_path, self._failures_path, self._runs_path):
-            if cut := _cut_torn_line(path):
+            if cut := cut_torn_line(path):
                 self._say(f"{path}: cut off {cut} bytes of a line that a crash left unfinished")
         last_run = self._read_runs()
         self._read_failures()
         last_run = max(last_run, self._read_manifest())
         self.run = last_run + 1
-        if crashed := self._lock.crashed_run:
+        crashed = self._lock.crashed
+        if crashed and crashed["run"] is not None:
             self._note_crash(crashed)
         self._lock.claim(self.run)
 
@@ -160,7 +170,7 @@ class JobStore:
         pictures, last_run = self._pictures(), -1
         self._committed: dict[str, bytes] = {}
         dropped: list[str] = []
-        for row in _read_rows(self._manifest_path):
+        for row in read_rows(self._manifest_path, *MANIFEST_KEYS):
             last_run = max(last_run, row["run"])
             modified = pictures.pop(row["file_name"], None)
             if modified is None:
@@ -173,8 +183,8 @@ class JobStore:
         self._orphans = {Path(name).name: self.directory / name for name in pictures}
         if dropped:
             gone = {each.partition(" ")[0] for each in dropped}
-            kept = (row for row in _read_rows(self._manifest_path) if row["id"] not in gone)
-            _write_atomically(self._manifest_path, "".join(f"{_dumps(row)}\n" for row in kept))
+            kept = (row for row in read_rows(self._manifest_path) if row["id"] not in gone)
+            write_atomically(self._manifest_path, (f"{json_text(row)}\n" for row in kept))
             shown = ", ".join(dropped[:3]) + (f" and {len(dropped) - 3} more" if len(dropped) > 3 else "")
             self._say(f"{self._manifest_path}: redoing {len(dropped)} rows: {shown}")
         return last_run
@@ -193,7 +203,7 @@ class JobStore:
                 for entry in entries:
                     if entry.is_dir():
                         folders.append(Path(entry.path))
-                    elif entry.name.startswith(".") and entry.name.endswith(_TEMPORARY):
+                    elif entry.name.startswith(".") and entry.name.endswith(TEMPORARY):
                         os.unlink(entry.path)
                     else:
                         found[f"{prefix}/{entry.name}"] = entry.stat().st_mtime_ns
@@ -209,21 +219,21 @@ class JobStore:
 
     def _read_failures(self) -> None:
         self._attempts: dict[str | int, int] = {}
-        for row in _read_rows(self._failures_path):
+        for row in read_rows(self._failures_path, *FAILURE_KEYS):
             self._attempts[row["id"] or row["line"]] = row["attempt"]
 
     def _read_runs(self) -> int:
-        return max((row["run"] for row in _read_rows(self._runs_path)), default=-1)
+        return max((row["run"] for row in read_rows(self._runs_path, *RUN_KEYS)), default=-1)
 
     def _note_crash(self, owner: dict[str, Any]) -> None:
         self._say(
             f"{self.directory}: run {owner['run']} (pid {owner['pid']} on {owner['host']}) died; going on from there"
         )
         self.run = max(self.run, owner["run"] + 1)
-        known = {row["run"] for row in _read_rows(self._runs_path)}
+        known = {row["run"] for row in read_rows(self._runs_path)}
         if owner["run"] not in known:
             row = {"run": owner["run"], "host": owner["host"], "started_at": owner["started_at"], "exit_status": None}
-            _append(self._runs_path, [row])
+            append_rows(self._runs_path, [row])
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -279,7 +289,7 @@ def _show(value: Any) -> str:
 
 def read_committed(directory: Path) -> dict[str, bytes]:
     """Ids in a job's manifest with a digest of their settings: a look from outside, which mends and locks nothing."""
-    return {row["id"]: _content(row) for row in _read_rows(directory / "manifest.jsonl", torn_ok=True)}
+    return {row["id"]: _content(row) for row in read_rows(directory / "manifest.jsonl", *MANIFEST_KEYS, torn_ok=True)}
 
 
 def committed_status(committed: dict[str, bytes]) -> Callable[[PromptRecord], str | None]:
@@ -302,173 +312,13 @@ def committed_status(committed: dict[str, bytes]) -> Callable[[PromptRecord], st
 
 def record_settings(record: PromptRecord) -> dict[str, Any]:
     """The settings of one image, in manifest order: what its pixels depend on besides the job."""
-    return {
-        "prompt": record.prompt,
-        "seed": record.seed,
-        "width": record.width,
-        "height": record.height,
-        "num_inference_steps": record.num_inference_steps,
-        "guidance_scale": record.guidance_scale,
-    }
-
-
-def utc_now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return {name: getattr(record, name) for name in _SETTINGS}
 
 
 def _content(row: dict[str, Any]) -> bytes:
-    fields = [row[key] for key in ("prompt", "seed", "width", "height", "num_inference_steps", "guidance_scale")]
-    return hashlib.blake2b(repr(fields).encode(), digest_size=16).digest()
+    return hashlib.blake2b(repr([row[name] for name in _SETTINGS]).encode(), digest_size=16).digest()
 
 
 def _nanoseconds(stamp: str) -> int:
     moment = datetime.fromisoformat(stamp)
     return int(moment.replace(microsecond=0).timestamp()) * 10**9 + moment.microsecond * 1000
-
-
-def _dumps(row: dict[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False, allow_nan=False)
-
-
-def _json_line(row: dict[str, Any]) -> bytes:
-    return f"{_dumps(row)}\n".encode()
-
-
-def _append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Appends rows in one write, on disk for sure."""
-    data = b"".join(map(_json_line, rows))
-    if not data:
-        return
-    new = not path.exists()
-    with path.open("ab", buffering=0) as file:
-        while data:
-            data = data[file.write(data) :]
-        os.fsync(file.fileno())
-    if new:
-        _fsync_directory(path.parent)
-
-
-def _read_rows(path: Path, torn_ok: bool = False) -> Iterator[dict[str, Any]]:
-    if not path.exists():
-        return
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if torn_ok and not line.endswith(b"\n"):
-                return
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise JobError(f"{path}, line {number}: not a JSON row; mend or remove it, then run again") from error
-            yield row
-
-
-def _cut_torn_line(path: Path) -> int:
-    """Cuts off what follows the last line end; returns the bytes removed."""
-    if not path.exists():
-        return 0
-    with path.open("r+b") as file:
-        size = end = file.seek(0, os.SEEK_END)
-        while end > 0:
-            start = max(0, end - 2**16)
-            file.seek(start)
-            newline = file.read(end - start).rfind(b"\n")
-            if newline >= 0:
-                end = start + newline + 1
-                break
-            end = start
-        if end < size:
-            file.truncate(end)
-            os.fsync(file.fileno())
-        return size - end
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}{_TEMPORARY}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _fsync_directory(path.parent)
-
-
-def _fsync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-class _Lock:
-    """DIR/.lock: held through flock, which dies with its process; its text names the owner to whoever is refused."""
-
-    def __init__(self, directory: Path) -> None:
-        self._path = directory / ".lock"
-        while True:
-            self._file = open(self._path, "a+b")  # noqa: SIM115 - held until release()
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                owner = self._owner()
-                self._file.close()
-                who = (
-                    f"pid {owner['pid']} on {owner['host']}, since {owner['started_at']}"
-                    if owner
-                    else "another process"
-                )
-                raise JobError(f"{directory}: in use by {who}; one job may run in a directory at a time") from error
-            # A releasing owner removes the file: make sure that the lock is on the one others will find.
-            if self._path.exists() and os.path.samestat(os.fstat(self._file.fileno()), self._path.stat()):
-                break
-            self._file.close()
-        self.crashed_run = self._owner()
-        if self.crashed_run and self.crashed_run["host"] != socket.gethostname():
-            # On shared storage flock need not reach other hosts: there the heartbeat tells a living owner from a dead
-            # one.
-            silence = self._seconds_since_heartbeat()
-            if silence < _DEAD_AFTER:
-                owner = self.crashed_run
-                self._file.close()
-                raise JobError(
-                    f"{directory}: in use by pid {owner['pid']} on {owner['host']}, alive {max(0, silence):.0f} s ago; "
-                    f"if that machine is gone, run again in {_DEAD_AFTER} s"
-                )
-        self._released = threading.Event()
-
-    def claim(self, run: int) -> None:
-        owner = {"pid": os.getpid(), "host": socket.gethostname(), "started_at": utc_now(), "run": run}
-        self._file.seek(0)
-        self._file.truncate()
-        self._file.write(_json_line(owner))
-        self._file.flush()
-        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
-
-    def release(self) -> None:
-        self._released.set()
-        if not self._file.closed:
-            with contextlib.suppress(OSError):
-                self._path.unlink(missing_ok=True)
-            self._file.close()
-
-    def _beat(self) -> None:
-        while not self._released.wait(_HEARTBEAT):
-            with contextlib.suppress(OSError, ValueError):  # the disk is the commit's to complain about
-                os.utime(self._file.fileno())
-
-    def _seconds_since_heartbeat(self) -> float:
-        """By the file server's clock, which need not be ours."""
-        probe = self._path.with_name(f".lock-{os.getpid()}{_TEMPORARY}")
-        probe.touch()
-        try:
-            return probe.stat().st_mtime - os.fstat(self._file.fileno()).st_mtime
-        finally:
-            probe.unlink()
-
-    def _owner(self) -> dict[str, Any] | None:
-        self._file.seek(0)
-        try:
-            owner: dict[str, Any] = json.loads(self._file.read())
-            return owner if owner.keys() >= {"pid", "host", "started_at", "run"} else None
-        except (ValueError, AttributeError):
-            return None

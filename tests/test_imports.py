@@ -1,0 +1,112 @@
+"""The house: imports point down, heavy ones only where they belong, and the command line answers before any of them."""
+
+import ast
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import fluxcli
+
+ROOT = Path(fluxcli.__file__).parent
+FLOORS = {
+    "fluxcli": 0, "fluxcli.errors": 0, "fluxcli.config": 0, "fluxcli.records": 0,
+    "fluxcli.checkpoints": 1,
+    "fluxcli.tokenizers": 2,
+    "fluxcli.job": 3, "fluxcli.engine": 3,
+    "fluxcli.cli": 4,
+    "fluxcli.__main__": 5,
+}  # fmt: skip
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in sorted(ROOT.rglob("*.py"))}
+
+
+def imports(path: Path) -> set[str]:
+    """Every module named by an import statement, wherever it stands, under TYPE_CHECKING too."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: relative imports hide which floor they reach"
+            assert node.module
+            inside = {f"{node.module}.{alias.name}" for alias in node.names} & MODULES.keys()
+            found.update(inside or {node.module})
+    return found
+
+
+def floor(module: str) -> int:
+    known = [name for name in FLOORS if module == name or (name != "fluxcli" and module.startswith(f"{name}."))]
+    assert known, f"{module} has no place in the house"
+    return FLOORS[max(known, key=len)]
+
+
+def room(module: str) -> str:
+    return ".".join(module.split(".")[:2])
+
+
+def outside(module: str) -> set[str]:
+    return {name.partition(".")[0] for name in imports(MODULES[module])} - {"fluxcli"}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_down(module: str) -> None:
+    for other in imports(MODULES[module]):
+        if other.partition(".")[0] == "fluxcli" and room(other) != room(module):
+            assert floor(other) < floor(module) or other == "fluxcli", f"{module} imports {other}"
+
+
+@pytest.mark.parametrize("module", ["fluxcli.errors", "fluxcli.config", "fluxcli.records", "fluxcli"])
+def test_the_ground_floor_imports_the_standard_library_only(module: str) -> None:
+    assert outside(module) <= {*sys.stdlib_module_names, "numpy"}
+    assert not {name for name in imports(MODULES[module]) if name.startswith("fluxcli")}
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("fluxcli.job")])
+def test_the_job_knows_neither_torch_nor_the_engine(module: str) -> None:
+    assert not outside(module) & {"torch", "diffusers", "transformers", "safetensors", "click"}
+    assert not {name for name in imports(MODULES[module]) if name.startswith("fluxcli.engine")}
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("fluxcli.engine")])
+def test_the_engine_knows_neither_jobs_nor_the_command_line(module: str) -> None:
+    assert not outside(module) & {"click", "tqdm", "PIL", "jsonlines"}
+    assert not {name for name in imports(MODULES[module]) if name.startswith("fluxcli.job")}
+
+
+def test_only_one_module_reads_weight_files() -> None:
+    assert [name for name in MODULES if "safetensors" in outside(name)] == ["fluxcli.engine.weights"]
+
+
+@pytest.mark.parametrize("line", ["--help", "--version", "batch --help", "gen --help", "warmup --help"])
+def test_help_and_version_import_no_torch(line: str) -> None:
+    code = (
+        "import sys\nfrom fluxcli.cli import cli\n"
+        f"try: cli.main({line.split()}, prog_name='fluxcli')\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "heavy = {'torch', 'transformers', 'diffusers', 'numpy', 'PIL', 'huggingface_hub'} & sys.modules.keys()\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "fluxcli" in done.stdout
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_and_version_answer_in_under_half_a_second(option: str) -> None:
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-m", "fluxcli", option], capture_output=True, env=os.environ)
+        times.append(time.perf_counter() - start)
+        assert done.returncode == 0
+    assert min(times) < 0.5, times
