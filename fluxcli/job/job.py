@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -113,12 +114,10 @@ class Job:
         Raises:
             FluxcliError: nothing more can be done; what was committed stays.
         """
-        source = PromptFile(self.input)
-        try:
+        with closing(PromptFile(self.input)) as source:
             if self.strict:
                 self.preview(source)
-            store = JobStore(self.directory, self.identity, self.image.suffix, say)
-            try:
+            with closing(JobStore(self.directory, self.identity, self.image.suffix, say)) as store:
                 intake = self._take_in(source, store.status)
                 skipped = 0 if self.retry_failed else intake.drop(store.failed_before)
                 for line in report.failure_lines(intake.failures):
@@ -134,10 +133,6 @@ class Job:
                     say(f"stopped by {stop}; everything finished is committed. Run the same command again to go on.")
                 finally:
                     runner.record(status, machine)
-            finally:
-                store.close()
-        finally:
-            source.close()
         return status, report.totals_data(runner.totals, intake.done, skipped)
 
     def _take_in(self, source: PromptFile, status: Status) -> Intake:

@@ -30,7 +30,7 @@ def engine(directory: Path, dtype: str = "bfloat16", attention: str = "auto") ->
 
 
 def diffusers_on_gpu(directory: Path, rows, dtype: torch.dtype, noise_dtype: torch.dtype) -> np.ndarray:
-    """The reference, from noise drawn in `noise_dtype`: bfloat16 and float32 noise of one seed are different numbers."""
+    """The reference, from noise drawn in `noise_dtype`: one seed gives bfloat16 and float32 different numbers."""
     from diffusers import FluxPipeline
 
     pipe = FluxPipeline.from_pretrained(directory, dtype=dtype).to("cuda")
