@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -319,6 +320,7 @@ def _content(row: dict[str, Any]) -> bytes:
     return hashlib.blake2b(repr([row[name] for name in _SETTINGS]).encode(), digest_size=16).digest()
 
 
+@lru_cache(maxsize=1024)  # a batch's rows share a few stamps
 def _nanoseconds(stamp: str) -> int:
     moment = datetime.fromisoformat(stamp)
     return int(moment.replace(microsecond=0).timestamp()) * 10**9 + moment.microsecond * 1000
