@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fluxcli.engine.attention import attention
-from fluxcli.engine.ops import GELU, finite_in_half, modulate, qk_norm_rope, timestep_embedding
+from fluxcli.engine.ops import GELU, apply_rope, finite_in_half, modulate, qk_norm, timestep_embedding
 from fluxcli.errors import ModelError
 
 MLP_RATIO = 4  # fixed in FLUX.1; the config does not carry it
@@ -94,12 +94,13 @@ class Linear(nn.Module):
 
 
 class QKNorm(nn.Module):
-    """The weights of the RMSNorms over queries and keys."""
-
     def __init__(self, head_dim: int) -> None:
         super().__init__()
         self.query = nn.Parameter(torch.empty(head_dim), requires_grad=False)
         self.key = nn.Parameter(torch.empty(head_dim), requires_grad=False)
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return qk_norm(q, self.query), qk_norm(k, self.key)
 
 
 class Embedder(nn.Module):
@@ -123,15 +124,18 @@ class Stream(nn.Module):
 
     def __init__(self, dim: int, head_dim: int) -> None:
         super().__init__()
+        self.head_dim = head_dim
         self.qkv = Linear(dim, 3 * dim)
         self.norm = QKNorm(head_dim)
         self.out = Linear(dim, dim)
         self.mlp_up = Linear(dim, MLP_RATIO * dim)
         self.mlp_down = Linear(MLP_RATIO * dim, dim)
 
-    def project(self, x: Tensor, mod: Tensor) -> Tensor:
-        """x [B, S, D] -> q, k, v side by side [B, S, 3D]."""
-        return self.qkv(modulate(x, mod[:, 0], mod[:, 1]))
+    def project(self, x: Tensor, mod: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, S, D] -> q, k, v [B, S, H, Dh]; q and k normalised."""
+        shift, scale = mod[:, 0], mod[:, 1]
+        q, k, v = self.qkv(modulate(x, shift, scale)).unflatten(-1, (3, -1, self.head_dim)).unbind(2)
+        return *self.norm(q, k), v
 
     def finish(self, x: Tensor, attended: Tensor, mod: Tensor) -> Tensor:
         """Adds the attention's output [B, S, D] and then the MLP's to the stream."""
@@ -154,17 +158,15 @@ class DualBlock(nn.Module):
 
     def __init__(self, dim: int, head_dim: int) -> None:
         super().__init__()
-        self.heads = dim // head_dim
         self.img = Stream(dim, head_dim)
         self.txt = Stream(dim, head_dim)
 
     def forward(self, img: Tensor, txt: Tensor, pe: Rope, mod: Tensor, backend: str) -> tuple[Tensor, Tensor]:
         """img [B, I, D], txt [B, L, D], mod [B, 12, D], image first -> the same two, one block on."""
         img_mod, txt_mod = mod[:, :DUAL_MODULATIONS], mod[:, DUAL_MODULATIONS:]
-        projections = [self.txt.project(txt, txt_mod), self.img.project(img, img_mod)]
-        norms = self.txt.norm, self.img.norm
-        qkv = qk_norm_rope(projections, [norm.query for norm in norms], [norm.key for norm in norms], *pe, self.heads)
-        attended = attention(qkv, backend).flatten(2)
+        joint = zip(self.txt.project(txt, txt_mod), self.img.project(img, img_mod), strict=True)
+        q, k, v = (torch.cat(pair, dim=1) for pair in joint)
+        attended = attention(apply_rope(q, pe), apply_rope(k, pe), v, backend).flatten(2)
         txt_attended, img_attended = attended.split((txt.shape[1], img.shape[1]), dim=1)
         return self.img.finish(img, img_attended, img_mod), self.txt.finish(txt, txt_attended, txt_mod)
 
@@ -179,7 +181,7 @@ class SingleBlock(nn.Module):
 
     def __init__(self, dim: int, head_dim: int) -> None:
         super().__init__()
-        self.dim, self.heads = dim, dim // head_dim
+        self.dim, self.head_dim = dim, head_dim
         self.qkv_mlp = Linear(dim, (3 + MLP_RATIO) * dim)
         self.norm = QKNorm(head_dim)
         self.out = Linear((1 + MLP_RATIO) * dim, dim)
@@ -187,11 +189,11 @@ class SingleBlock(nn.Module):
     def forward(self, x: Tensor, pe: Rope, mod: Tensor, backend: str) -> Tensor:
         """x [B, S, D], mod [B, 3, D] -> x, one block on."""
         shift, scale, gate = mod.unbind(1)
-        projection = self.qkv_mlp(modulate(x, shift, scale))
-        qkv = qk_norm_rope([projection], [self.norm.query], [self.norm.key], *pe, self.heads)
-        attended = attention(qkv, backend).flatten(2)
-        up = F.gelu(projection[..., 3 * self.dim :], approximate=GELU)
-        out = self.out(torch.cat((attended, up), dim=-1))
+        qkv, mlp = self.qkv_mlp(modulate(x, shift, scale)).split((3 * self.dim, MLP_RATIO * self.dim), dim=-1)
+        q, k, v = qkv.unflatten(-1, (3, -1, self.head_dim)).unbind(2)
+        q, k = self.norm(q, k)
+        attended = attention(apply_rope(q, pe), apply_rope(k, pe), v, backend).flatten(2)
+        out = self.out(torch.cat((attended, F.gelu(mlp, approximate=GELU)), dim=-1))
         return finite_in_half(x + gate[:, None] * out)
 
     def slots(self, name: str) -> Slots:
