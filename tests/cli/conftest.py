@@ -1,0 +1,69 @@
+"""The command line for fixtures that outlive one test: one run, many tests reading what it left."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from tests.conftest import Result
+
+# One thread: the pictures are too small to gain from more, and machines that run tests are busy.
+ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+SMALL = ("-m", "tiny", "--width", 64, "--height", 64, "--steps", 1)
+
+
+@pytest.fixture(scope="session")
+def command() -> Callable[..., Result]:
+    """As `fluxcli`, in the directory `cwd`."""
+
+    def run(*args: object, cwd: Path, stdin: bytes | None = None, env: dict[str, str] | None = None) -> Result:
+        done = subprocess.run(
+            [sys.executable, "-m", "fluxcli", *map(str, args)],
+            input=stdin,
+            stdin=subprocess.DEVNULL if stdin is None else None,
+            capture_output=True,
+            cwd=cwd,
+            env={**os.environ, **ENVIRONMENT, **(env or {})},
+            timeout=300,
+        )
+        return Result(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
+
+    return run
+
+
+@pytest.fixture
+def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """As `fluxcli`, in this process, which has torch loaded already: for tests of many cases, on the CPU."""
+    import torch
+
+    from fluxcli.cli import cli
+
+    threads = torch.get_num_threads()
+
+    def run(*args: object, cwd: Path = tmp_path) -> Result:
+        monkeypatch.chdir(cwd)
+        torch.set_num_threads(1)
+        try:
+            done = CliRunner().invoke(cli, [*map(str, args), "--device", "cpu"], prog_name="fluxcli")
+        finally:
+            torch.set_num_threads(threads)
+        return Result(list(args), done.exit_code, done.stdout, done.stderr)
+
+    return run
+
+
+def copy_of(directory: Path, to: Path) -> Path:
+    """A directory a test may change, as it was left."""
+    shutil.copytree(directory, to, dirs_exist_ok=True)
+    return to
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(directory).as_posix(): path.read_bytes() for path in directory.rglob("*") if path.is_file()
+    }
