@@ -180,15 +180,21 @@ def _read_config(ctx: click.Context, param: click.Parameter, path: str | None) -
     try:
         with open(path, "rb") as file:
             given = tomllib.load(file)
-    except (OSError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise click.BadParameter(f"{path}: {error}", ctx, param) from error
-    known = {name.lstrip("-"): option.name for option in ctx.command.params for name in option.opts if name[:2] == "--"}
+    known = {name.lstrip("-"): option for option in ctx.command.params for name in option.opts if name[:2] == "--"}
     defaults: dict[str, Any] = {}
     for key, value in given.items():
-        name = known.get(key.replace("_", "-"))
-        if name is None or name == "config":
+        option = known.get(key.replace("_", "-"))
+        if option is None or option.name in (None, "config"):
             raise click.BadParameter(f"{path}: there is no option {key!r}", ctx, param)
-        defaults[name] = tuple(value) if isinstance(value, list) else value
+        # click would round and guess: 1.9 is no seed, and true no size.
+        whole = isinstance(option.type, click.IntRange | _Side)
+        flag = isinstance(option, click.Option) and option.is_flag
+        if (whole and type(value) is not int) or (flag and type(value) is not bool):
+            wanted = "an integer" if whole else "true or false"
+            raise click.BadParameter(f"{path}: {key} must be {wanted}, got {value!r}", ctx, param)
+        defaults[str(option.name)] = tuple(value) if isinstance(value, list) else value
     ctx.default_map = {**(ctx.default_map or {}), **defaults}
 
 
@@ -204,7 +210,13 @@ def cli() -> None:
 @click.option(
     "-n", "--num-images", type=click.IntRange(1, 10_000), default=1, show_default=True, help="Seeds count up."
 )
-@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path(), help="Directory, or one file's name.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path(),
+    help="Directory, or one file's name: its suffix is the format.",
+)
 @_row_options
 @_format_options
 @_batch_size
@@ -230,9 +242,7 @@ def gen(
     from fluxcli.tokenizers import Tokenizers
 
     checkpoint, engine_config, defaults = _settings(options)
-    suffix = output.suffix.lower().lstrip(".")
-    image = config.ImageFormat(suffix if suffix in _FORMATS and not output.is_dir() else format, quality)
-    single.check_output(output, num_images)
+    image = config.ImageFormat(single.check_output(output, num_images) or format, quality)
     try:
         row = {"prompt": prompt, "seed": options["seed"], "num_images": num_images}
         records = check_row(row, 0, 1, defaults)
@@ -246,7 +256,8 @@ def gen(
     engine = _engine(checkpoint, engine_config)
     made = []
     for record, path in single.generate(engine, records, batch_size, output, image, checkpoint.name):
-        made.append({"file_name": str(path), **record_settings(record)})
+        text = {"text_tokens": tokens, "text_length": text_length, "truncated": record.truncated}
+        made.append({"file_name": str(path), **record_settings(record), **text})
         if not as_json:
             click.echo(str(path))
     if as_json:

@@ -53,7 +53,7 @@ def fluxcli(tmp_path: Path) -> Callable[..., Result]:
             stdin=subprocess.DEVNULL if stdin is None else None,
             capture_output=True,
             cwd=cwd,
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **(env or {})},
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **(env or {})},
             timeout=300,
         )
         return Result(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())

@@ -47,21 +47,22 @@ class FluxConfig:
     axes_dims_rope: tuple[int, ...] = (16, 56, 56)
 
     @classmethod
-    def from_json(cls, config: dict[str, Any]) -> "FluxConfig":
+    def from_json(cls, config: dict[str, Any], source: str = "transformer/config.json") -> "FluxConfig":
+        """Raises ModelError, naming `source`, for anything that this file does not implement."""
         given = {key: value for key, value in config.items() if not key.startswith("_")}
         if unknown := given.keys() - {field.name for field in fields(cls)}:
-            raise ModelError(f"transformer/config.json: fluxcli does not know {', '.join(sorted(unknown))}")
+            raise ModelError(f"{source}: fluxcli does not know {', '.join(sorted(unknown))}")
         try:
             parsed = cls(**{**given, "axes_dims_rope": tuple(given.get("axes_dims_rope", cls.axes_dims_rope))})
         except TypeError as error:
-            raise ModelError(f"transformer/config.json: {str(error).removeprefix('FluxConfig.__init__() ')}") from error
+            raise ModelError(f"{source}: {str(error).removeprefix('FluxConfig.__init__() ')}") from error
         if sum(parsed.axes_dims_rope) != parsed.attention_head_dim:
             raise ModelError(
-                f"transformer/config.json: axes_dims_rope {list(parsed.axes_dims_rope)} must add up to "
+                f"{source}: axes_dims_rope {list(parsed.axes_dims_rope)} must add up to "
                 f"attention_head_dim {parsed.attention_head_dim}"
             )
         if parsed.patch_size != 1 or parsed.out_channels not in (None, parsed.in_channels):
-            raise ModelError("transformer/config.json: patch_size must be 1 and out_channels equal in_channels")
+            raise ModelError(f"{source}: patch_size must be 1 and out_channels equal in_channels")
         return parsed
 
     @property

@@ -20,14 +20,15 @@ RANDOM_SEED = 0
 
 def load_transformer(checkpoint: Checkpoint, device: str, dtype: torch.dtype) -> Flux:
     """The denoiser with its weights on `device`, read tensor by tensor straight into the packed layers."""
-    config = FluxConfig.from_json(checkpoint.transformer)
+    directory = checkpoint.directory / "transformer"
+    config = FluxConfig.from_json(checkpoint.transformer, str(directory / "config.json"))
     with torch.device(device), _default_dtype(dtype):
         model = Flux(config).eval()
     with torch.no_grad():
         if checkpoint.random:
             fill_random(model.slots(), device)
         else:
-            fill_from_files(model.slots(), checkpoint.directory / "transformer", _STEM)
+            fill_from_files(model.slots(), directory, _STEM)
     return model
 
 
@@ -52,7 +53,12 @@ def load_part(checkpoint: Checkpoint, part: str, device: str, dtype: torch.dtype
         return _random_part(cls, library, directory, device, dtype)
     try:
         model, info = cls.from_pretrained(
-            directory, local_files_only=True, output_loading_info=True, use_safetensors=True, dtype=dtype
+            directory,
+            local_files_only=True,
+            output_loading_info=True,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # to be told of them below, by name
+            dtype=dtype,
         )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise ModelError(f"{directory}: cannot be loaded as {name}: {_first_line(error)}") from error

@@ -37,7 +37,7 @@ def parameters(record: PromptRecord, model: str) -> str:
     """The settings in the form that AUTOMATIC1111's web UI writes and most viewers read."""
     settings = [f"Steps: {record.num_inference_steps}", "Sampler: Euler", "CFG scale: 1"]
     if record.guidance_scale is not None:
-        settings.append(f"Distilled CFG Scale: {record.guidance_scale:g}")
+        settings.append(f"Distilled CFG Scale: {record.guidance_scale:.10g}")
     settings += [f"Seed: {record.seed}", f"Size: {record.width}x{record.height}", f"Model: {model}"]
     prompt = record.prompt.replace("\0", " ")  # a NUL would end the text early in most readers
     return f"{prompt}\n{', '.join(settings)}"

@@ -20,7 +20,7 @@ from fluxcli.job.plan import Plan, padded_sizes, plan
 from fluxcli.job.progress import Progress
 from fluxcli.job.prompts import PromptFile
 from fluxcli.job.runner import Engine, Runner, Stopped
-from fluxcli.job.store import JobStore, check_identity, committed_status, read_committed
+from fluxcli.job.store import JobStore, check_identity, committed_status, read_committed, read_failed
 from fluxcli.tokenizers import Tokenizers
 
 
@@ -88,6 +88,9 @@ class Job:
         """
         check_identity(self.directory, self.identity)
         intake = self._take_in(source, committed_status(read_committed(self.directory)))
+        if not self.retry_failed:
+            failed = read_failed(self.directory)
+            intake.drop(lambda id, line: (id, line) in failed)
         if self.strict and intake.failures:
             first = intake.failures[0]
             raise InputError(

@@ -22,6 +22,7 @@ from fluxcli.errors import InputError, RowError
 from fluxcli.records import PromptRecord
 
 MAX_LINE = 10 * 2**20  # bytes
+MAX_NESTING = 100  # well below where JSON's own recursion ends, wherever a row is read from
 MAX_IMAGES_PER_ROW = 10_000
 MAX_SEED = 2**63 - 1
 
@@ -36,6 +37,7 @@ _ALIASES = {
 }
 _ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 _INTEGER = re.compile(r"[+-]?[0-9]+")
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _KEYS = ("prompt", "id", "seed", "width", "height", "num_inference_steps", "guidance_scale", "num_images")
 
 
@@ -104,22 +106,30 @@ class PromptFile:
             yield from self._table_rows(lines)
 
     def _table_rows(self, lines: "_Lines") -> Iterator[tuple[int, int, dict[str, Any] | RowError]]:
-        reader = _table_reader(
-            ("" if raw is None else raw.decode("utf-8", "surrogateescape") for _, raw in lines), self.format
-        )
+        reader = self._cells(lines)
         while True:
             start, first_line, too_long = lines.offset, lines.count + 1, lines.too_long
+            lines.after_first = None
             try:
                 cells = next(reader)
             except StopIteration:
                 return
             except csv.Error as error:
-                yield first_line, start, RowError(f"not a {self.format.upper()} row: {error}")
+                yield first_line, start, RowError(f"not a CSV row: {error}")
+                # An unclosed quote takes in every later line: give them back.
+                if lines.after_first is not None:
+                    lines.offset, lines.count = lines.after_first, first_line
+                reader = self._cells(lines)
                 continue
             if lines.too_long > too_long:
                 yield first_line, start, _too_long()
             elif any(cell.strip() for cell in cells):
                 yield first_line, start, _or_error(self._parse_cells, cells)
+
+    def _cells(self, lines: "_Lines") -> Iterator[list[str]]:
+        return _table_reader(
+            ("" if raw is None else raw.decode("utf-8", "surrogateescape") for _, raw in lines), self.format
+        )
 
     def _parse_cells(self, cells: list[str]) -> dict[str, Any]:
         if len(cells) > len(self._columns):
@@ -143,6 +153,9 @@ class PromptFile:
             self._columns = next(_table_reader((raw.decode("utf-8") for raw in texts), self.format), [])
         except (csv.Error, UnicodeDecodeError) as error:
             raise InputError(f"{self.name}: the header line cannot be read: {error}") from error
+        keys = [_ALIASES.get(column, column) for column in self._columns]
+        if twice := next((key for key in keys if keys.count(key) > 1), None):
+            raise InputError(f"{self.name}: the header has {twice} twice")
         self._first_row, self._header_lines = lines.offset, lines.count
         if sum(column in ("Prompt", "prompt") for column in self._columns) != 1:
             raise InputError(f"{self.name}: the header needs one column named prompt (or Prompt), got {self._columns}")
@@ -160,6 +173,7 @@ class _Lines:
         self.offset = offset
         self.count = 0
         self.too_long = 0
+        self.after_first: int | None = None  # offset after the first line since this was last None
 
     def __iter__(self) -> Iterator[tuple[int, bytes | None]]:
         while True:
@@ -176,6 +190,8 @@ class _Lines:
                 self.too_long += 1
             self.offset = self._file.tell()
             self.count += 1
+            if self.after_first is None:
+                self.after_first = self.offset
             yield start, raw
 
 
@@ -189,9 +205,9 @@ def _format_of(path: str) -> Format:
 
 
 def _table_reader(lines: Iterator[str], format: Format) -> Iterator[list[str]]:
-    csv.field_size_limit(MAX_LINE)
     if format == "tsv":  # tab-separated values know no quoting: a quote in a prompt is a quote
-        return csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
+        return (line.rstrip("\r\n").split("\t") for line in lines)
+    csv.field_size_limit(MAX_LINE)
     return csv.reader(lines, strict=True)
 
 
@@ -224,12 +240,23 @@ def _parse_json(raw: bytes) -> dict[str, Any]:
         ) from error
     if not isinstance(value, dict):
         raise RowError(f"the line must be a JSON object, got {_show(value)}")
+    if raw.count(b"[") + raw.count(b"{") > MAX_NESTING and _nesting(value) > MAX_NESTING:
+        raise RowError(f"the row is nested more than {MAX_NESTING} levels deep")
     if b"\\ud" in raw.lower():
         try:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
         except UnicodeEncodeError as error:
             raise RowError("the row holds half a surrogate pair, which is no character") from error
     return value
+
+
+def _nesting(value: Any) -> int:
+    """Levels of objects and arrays, counted without recursion."""
+    level, depth = [value], 0
+    while level := [each for each in level if isinstance(each, dict | list)]:
+        depth += 1
+        level = [child for each in level for child in (each.values() if isinstance(each, dict) else each)]
+    return depth
 
 
 def _strict_loads(text: str) -> Any:
@@ -256,13 +283,8 @@ _DECODER = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite_flo
 def _number_from_text(key: str, cell: str) -> Any:
     if key in ("prompt", "id"):
         return cell
-    if _INTEGER.fullmatch(cell.strip()) and len(cell) < 100:
-        return int(cell)
-    if key == "guidance_scale":
-        try:
-            return float(cell)
-        except ValueError:
-            return cell
+    if _NUMBER.fullmatch(cell.strip()) and len(cell) < 100:
+        return int(cell) if _INTEGER.fullmatch(cell.strip()) else float(cell)
     return cell
 
 
@@ -274,7 +296,7 @@ def check_row(row: dict[str, Any], index: int, line: int, defaults: RowDefaults)
     """
     meta: dict[str, Any] = {}
     given: dict[str, Any] = {}
-    id = _default_id(index)
+    id: str | None = _default_id(index)
     try:
         for key, value in row.items():
             canonical = _ALIASES.get(key, key)
@@ -285,6 +307,7 @@ def check_row(row: dict[str, Any], index: int, line: int, defaults: RowDefaults)
                     raise RowError(f"{canonical} is given twice (as {key} too)")
                 given[canonical] = value
                 if canonical == "id":
+                    id = None
                     id = _check_id(value)
         if row.get("negative_prompt"):
             raise RowError("negative_prompt is not supported: FLUX.1 is guidance-distilled and would ignore it")
@@ -299,12 +322,13 @@ def check_row(row: dict[str, Any], index: int, line: int, defaults: RowDefaults)
         guidance = _guidance(given, defaults.guidance_scale)
         copies = _integer("num_images", given, 1, MAX_IMAGES_PER_ROW, 1)
         seed = _integer("seed", given, 0, MAX_SEED, -1)
+        assert id is not None
         if copies > 1 and len(id) + 1 + len(str(copies - 1)) > 128:
             raise RowError(f"id is too long for num_images: {id}-{copies - 1} has more than 128 characters")
         if seed + copies - 1 > MAX_SEED:
             raise RowError(f"seed must be at most {MAX_SEED}, and it counts up to {seed + copies - 1} over num_images")
     except RowError as error:
-        error.id = id if _ID.fullmatch(id) else None
+        error.id = id
         raise
     ids = [id] if copies == 1 else [f"{id}-{copy}" for copy in range(copies)]
     seeds = [derived_seed(defaults.seed, each) if seed < 0 else seed + copy for copy, each in enumerate(ids)]

@@ -108,6 +108,8 @@ def totals_data(totals: Totals, done_before: int, skipped: int) -> dict[str, Any
 
 
 def totals_lines(data: dict[str, Any]) -> str:
+    if not any(data[name] for name in ("images", "failures", "skipped", "done_before")):
+        return "nothing to do: the input has no rows"
     if not data["images"] and not data["failures"] and not data["skipped"]:
         return f"nothing to do: {data['done_before']} images were done before"
     made = f"{data['images']} images in {data['seconds']:.1f} s ({data['images_per_s']:.2f} images/s)"

@@ -3,15 +3,19 @@
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO
 
 from fluxcli.config import ImageFormat
-from fluxcli.errors import JobError
+from fluxcli.errors import JobError, UsageError
 from fluxcli.job import images
+from fluxcli.job.files import TEMPORARY
 from fluxcli.job.runner import Engine
 from fluxcli.records import Batch, PromptRecord, ShapeKey
 
 _SLUG = 48  # characters of the prompt in a file name
+# What makes -o a file's name; None for pictures of other programs.
+_SUFFIXES = {".png": "png", ".jpg": "jpg", ".jpeg": "jpg", ".webp": "webp"} | dict.fromkeys(
+    (".avif", ".bmp", ".gif", ".heic", ".tif", ".tiff")
+)
 
 
 def generate(
@@ -26,38 +30,52 @@ def generate(
         for slot, record in enumerate(part):
             if not pictures.finite[slot]:
                 raise JobError(f"seed {record.seed}: the model's output is not finite; nothing is written for it")
-            data = images.encode(pictures.pixels[slot], format, record, model)
-            with _create(output, record, format) as file:
-                file.write(data)
-                yield record, Path(file.name)
+            yield record, _write(images.encode(pictures.pixels[slot], format, record, model), output, record, format)
 
 
-def check_output(output: Path, count: int) -> None:
-    """Refuses early what could not be written in the end."""
-    if _is_file_name(output):
-        if count > 1:
-            raise JobError(f"-o {output}: {count} images need a directory, not a file name")
-        if output.exists():
-            raise JobError(f"-o {output}: exists already; fluxcli overwrites nothing")
+def check_output(output: Path, count: int) -> str | None:
+    """The format that `output` asks for by its suffix; None where it is a directory.
+
+    Raises:
+        UsageError, JobError: what could not be written in the end, told before any work.
+    """
+    suffix = output.suffix.lower()
+    if output.is_dir() or suffix not in _SUFFIXES:
+        return None
+    name = _SUFFIXES[suffix]
+    if name is None:
+        raise UsageError(f"-o {output}: fluxcli writes .png, .jpg and .webp, not {suffix}")
+    if count > 1:
+        raise UsageError(f"-o {output}: {count} images need a directory, not a file name")
+    if output.exists():
+        raise JobError(f"-o {output}: exists already; fluxcli overwrites nothing")
+    return name
 
 
-def _is_file_name(output: Path) -> bool:
-    return not output.is_dir() and output.suffix.lower() in (".png", ".jpg", ".webp")
-
-
-def _create(output: Path, record: PromptRecord, format: ImageFormat) -> IO[bytes]:
+def _write(data: bytes, output: Path, record: PromptRecord, format: ImageFormat) -> Path:
+    """Takes a free name, then puts the whole picture there at once."""
     try:
-        if _is_file_name(output):
-            output.parent.mkdir(parents=True, exist_ok=True)
-            return output.open("xb")
-        output.mkdir(parents=True, exist_ok=True)
-        slug = re.sub(r"[^a-z0-9]+", "-", record.prompt.lower()).strip("-")[:_SLUG].strip("-") or "image"
-        number = 1
-        while True:
-            again = f"-{number}" if number > 1 else ""
-            try:
-                return (output / f"{slug}-{record.seed}{again}{format.suffix}").open("xb")
-            except FileExistsError:
-                number += 1
+        path = _reserve(output, record, format)
+        temporary = path.with_name(f".{path.name}{TEMPORARY}")
+        temporary.write_bytes(data)
+        return temporary.replace(path)
     except OSError as error:
         raise JobError(f"-o {output}: cannot be written: {error.strerror}") from error
+
+
+def _reserve(output: Path, record: PromptRecord, format: ImageFormat) -> Path:
+    if output.suffix.lower() in _SUFFIXES and not output.is_dir():
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.touch(exist_ok=False)
+        return output
+    output.mkdir(parents=True, exist_ok=True)
+    slug = re.sub(r"[^a-z0-9]+", "-", record.prompt.lower()).strip("-")[:_SLUG].strip("-") or "image"
+    number = 1
+    while True:
+        again = f"-{number}" if number > 1 else ""
+        path = output / f"{slug}-{record.seed}{again}{format.suffix}"
+        try:
+            path.touch(exist_ok=False)
+            return path
+        except FileExistsError:
+            number += 1

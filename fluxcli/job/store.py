@@ -33,7 +33,7 @@ from fluxcli.records import Failure, PromptRecord
 
 FILES_PER_DIRECTORY = 10_000
 # What a start relies on in the rows of each file.
-FAILURE_KEYS = ("id", "line", "attempt")
+FAILURE_KEYS = ("id", "line", "attempt", "run")
 RUN_KEYS = ("run",)
 _SETTINGS = ("prompt", "seed", "width", "height", "num_inference_steps", "guidance_scale")
 MANIFEST_KEYS = ("id", "file_name", "sha256", "run", "finished_at", *_SETTINGS)
@@ -91,7 +91,8 @@ class JobStore:
         return committed_status(self._committed)(record)
 
     def failed_before(self, id: str | None, line: int) -> bool:
-        return self._attempts.get(id or line, 0) > 0
+        """Whether the row with this id on this line stands in failures.jsonl."""
+        return (id, line) in self._attempts
 
     @property
     def images(self) -> int:
@@ -136,7 +137,7 @@ class JobStore:
         """Appends to failures.jsonl, numbering each row's attempts."""
         rows = []
         for failure in failures:
-            key = failure.id or failure.line
+            key = failure.id, failure.line
             self._attempts[key] = attempt = self._attempts.get(key, 0) + 1
             rows.append({**failure.as_row(), "attempt": attempt, "run": self.run})
         with self._writing():
@@ -157,10 +158,7 @@ class JobStore:
         for path in (self._manifest_path, self._failures_path, self._runs_path):
             if cut := cut_torn_line(path):
                 self._say(f"{path}: cut off {cut} bytes of a line that a crash left unfinished")
-        last_run = self._read_runs()
-        self._read_failures()
-        last_run = max(last_run, self._read_manifest())
-        self.run = last_run + 1
+        self.run = max(self._read_runs(), self._read_failures(), self._read_manifest()) + 1
         crashed = self._lock.crashed
         if crashed and crashed["run"] is not None:
             self._note_crash(crashed)
@@ -218,10 +216,13 @@ class JobStore:
             os.utime(path, ns=(_nanoseconds(row["finished_at"]),) * 2)
         return same
 
-    def _read_failures(self) -> None:
-        self._attempts: dict[str | int, int] = {}
+    def _read_failures(self) -> int:
+        self._attempts: dict[tuple[str | None, int], int] = {}
+        last_run = -1
         for row in read_rows(self._failures_path, *FAILURE_KEYS):
-            self._attempts[row["id"] or row["line"]] = row["attempt"]
+            self._attempts[row["id"], row["line"]] = row["attempt"]
+            last_run = max(last_run, row["run"])
+        return last_run
 
     def _read_runs(self) -> int:
         return max((row["run"] for row in read_rows(self._runs_path, *RUN_KEYS)), default=-1)
@@ -279,18 +280,24 @@ def check_identity(directory: Path, identity: dict[str, Any]) -> None:
 
 
 def _compared(value: Any) -> Any:
-    return value["fingerprint"] if isinstance(value, dict) else value
+    return (value["fingerprint"], value["revision"]) if isinstance(value, dict) else value
 
 
 def _show(value: Any) -> str:
     if isinstance(value, dict):
-        return f"{value['name']} ({value['fingerprint'][:8]})"
+        revision = f" at {value['revision']}" if value["revision"] else ""
+        return f"{value['name']}{revision} (weights {value['fingerprint'][:8]})"
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def read_committed(directory: Path) -> dict[str, bytes]:
     """Ids in a job's manifest with a digest of their settings: a look from outside, which mends and locks nothing."""
     return {row["id"]: _content(row) for row in read_rows(directory / "manifest.jsonl", *MANIFEST_KEYS, torn_ok=True)}
+
+
+def read_failed(directory: Path) -> set[tuple[str | None, int]]:
+    """(id, line) of every row in a job's failures.jsonl, seen from outside."""
+    return {(row["id"], row["line"]) for row in read_rows(directory / "failures.jsonl", *FAILURE_KEYS, torn_ok=True)}
 
 
 def committed_status(committed: dict[str, bytes]) -> Callable[[PromptRecord], str | None]:

@@ -243,7 +243,6 @@ def test_another_model_is_refused_and_the_same_one_under_another_name_is_not(reo
         reopen({**IDENTITY, "model": {**IDENTITY["model"], "fingerprint": "e" * 32}})
 
 
-@pytest.mark.xfail(strict=True, reason="only the model's fingerprint is compared; two revisions may share it")
 def test_another_revision_is_refused_with_both_named(reopen) -> None:
     reopen({**IDENTITY, "model": {**IDENTITY["model"], "revision": "aaaa"}})
     with pytest.raises(JobError, match=r"aaaa.*bbbb"):

@@ -1,0 +1,95 @@
+"""The built-in model draws what unseen prompts say, through diffusers, from the weights that ship.
+
+The floors are what the shipped weights reach less some room, not the aims; those are in jobs/tiny/README.md.
+"""
+
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxPipeline
+
+from jobs.tiny.evaluate import Case, cases, draw, score
+from jobs.tiny.pipeline import DIRECTORY
+from jobs.tiny.scenes import place, render
+from jobs.tiny.train import reconstruction
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> FluxPipeline:
+    return FluxPipeline.from_pretrained(DIRECTORY, torch_dtype=torch.float32)
+
+
+def test_weights_are_small_and_half_precision() -> None:
+    from safetensors import safe_open
+
+    files = list(DIRECTORY.rglob("*.safetensors"))
+    assert sum(path.stat().st_size for path in files) <= 12 * 2**20
+    for path in files:
+        with safe_open(path, "pt") as tensors:
+            assert {tensors.get_slice(name).get_dtype() for name in tensors.keys()} == {"BF16"}, path  # noqa: SIM118
+
+
+def test_configs_name_no_machine_and_no_release() -> None:
+    for path in DIRECTORY.rglob("*.json"):
+        text = path.read_text(encoding="utf-8")
+        assert "_name_or_path" not in text and "_version" not in text, path
+
+
+def test_the_vae_keeps_what_the_judge_reads(pipeline: FluxPipeline) -> None:
+    for kind in ("single", "pair"):
+        result = reconstruction(pipeline.vae, cases(kind, 16, seed=5), None)
+        assert result["read"]["right"] == 1 and result["grey_levels"] < 1.5, (kind, result)
+
+
+def test_unseen_single_objects(pipeline: FluxPipeline) -> None:
+    wanted = cases("single", 30)
+    result = score(draw(pipeline, wanted), wanted)
+    assert result["right"] >= 0.75, result
+    assert result["wrong"].get("background", 0) == 0, result
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text_length", [64, 128, 256, 512])
+def test_any_text_length_draws_as_well(pipeline: FluxPipeline, text_length: int) -> None:
+    wanted = cases("single", 60)
+    result = score(draw(pipeline, wanted, text_length), wanted)
+    assert result["right"] >= 0.75, result
+
+
+@pytest.mark.slow
+def test_bfloat16_draws_as_well() -> None:
+    wanted = cases("single", 60)
+    pipeline = FluxPipeline.from_pretrained(DIRECTORY, torch_dtype=torch.bfloat16)
+    result = score(draw(pipeline, wanted), wanted)
+    assert result["right"] >= 0.75, result
+
+
+def test_batch_size_changes_nothing_to_be_seen(pipeline: FluxPipeline) -> None:
+    wanted = cases("single", 4, seed=2)
+    together, alone = draw(pipeline, wanted, batch=4), draw(pipeline, wanted, batch=1)
+    for one, other in zip(together, alone, strict=True):
+        assert np.abs(np.asarray(one, np.int16) - np.asarray(other, np.int16)).max() <= 1
+
+
+def test_the_noise_decides_only_what_the_prompt_leaves_open(pipeline: FluxPipeline) -> None:
+    case = cases("single", 1)[0]
+    first, second = draw(pipeline, [case, replace(case, seed=case.seed + 1)])
+    assert first.tobytes() != second.tobytes()
+
+
+@pytest.mark.slow
+@pytest.mark.xfail(strict=True, reason="the shipped weights are trained too briefly to tell two objects apart")
+def test_unseen_pairs(pipeline: FluxPipeline) -> None:
+    wanted: list[Case] = cases("pair", 60)
+    assert score(draw(pipeline, wanted), wanted)["right"] >= 0.9
+
+
+def test_cases_are_reproducible_and_judged_right_when_rendered() -> None:
+    wanted = cases("mixed", 20)
+    assert wanted == cases("mixed", 20)
+    rows = torch.tensor([place(case.spec, random.Random(case.seed)) for case in wanted])
+    images = (render(rows) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    assert score(list(images), wanted)["right"] == 1
