@@ -81,8 +81,14 @@ def draw(
         longest = max(len(ids) for ids in pipeline.tokenizer_2(prompts).input_ids)
         length = text_length or next((bucket for bucket in (64, 128, 256) if bucket >= longest), 512)
         generators = [torch.Generator("cpu").manual_seed(case.seed) for case in part]
-        pictures += pipeline(prompts, width=SIZE, height=SIZE, num_inference_steps=steps, max_sequence_length=length,
-                             generator=generators).images
+        pictures += pipeline(
+            prompts,
+            width=SIZE,
+            height=SIZE,
+            num_inference_steps=steps,
+            max_sequence_length=length,
+            generator=generators,
+        ).images
     return pictures
 
 

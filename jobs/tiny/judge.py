@@ -31,12 +31,13 @@ _NAMES = list(PALETTE)
 _COLOURS = np.array(list(PALETTE.values()), dtype=np.float32)
 # Half the distance of the palette's closest pair (yellow, orange): what is nearer to a colour can only mean that one.
 TOLERANCE = 40.0
-MIN_AREA = 12.0  # pixels; a smaller blot is no object (the smallest shape drawn covers about 170)
+MIN_AREA = 12.0  # pixels; a smaller blot is no object (the smallest shape drawn, a star, covers about 170)
 MIN_OVERLAP = 0.8  # of a shape with its ideal outline, intersection over union
 ASPECT = {"circle": 1.0, "square": 1.0, "triangle": 2 / 3**0.5, "star": 1.0515, "ring": 1.0}
-# Bounding-box width in pixels that divides small from medium from large, for a 128-pixel picture, per unit of radius.
-WIDTH_PER_RADIUS = {"circle": 2.0, "square": 1.76, "triangle": 2.1, "star": 2.13, "ring": 2.0}
-SIZE_LIMITS = (13.75, 20.75)
+# Area per squared radius. An object's radius is read from its area, which thin tips and soft edges hardly change.
+AREA = {"circle": 3.1416, "square": 3.0976, "triangle": 1.9096, "star": 1.6592, "ring": 2.4178}
+# Radii in pixels that divide small from medium from large, for a 128-pixel picture.
+SIZE_LIMITS = (14.5, 20.75)
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,14 @@ class Verdict:
 def read(image: Image.Image | np.ndarray) -> Reading:
     """RGB picture (uint8 [128, 128, 3]) -> background and objects."""
     pixels = np.asarray(image, dtype=np.float32)
-    frame = np.concatenate([pixels[:3].reshape(-1, 3), pixels[-3:].reshape(-1, 3), pixels[:, :3].reshape(-1, 3),
-                            pixels[:, -3:].reshape(-1, 3)])
+    frame = np.concatenate(
+        [
+            pixels[:3].reshape(-1, 3),
+            pixels[-3:].reshape(-1, 3),
+            pixels[:, :3].reshape(-1, 3),
+            pixels[:, -3:].reshape(-1, 3),
+        ]
+    )
     background = np.median(frame, axis=0)
     labels, count = _components(np.linalg.norm(pixels - background, axis=2) > TOLERANCE)
     objects = (_describe(pixels, background, labels == label) for label in range(1, count + 1))
@@ -145,7 +152,6 @@ def _describe(pixels: np.ndarray, background: np.ndarray, mask: np.ndarray) -> F
     ys, xs = np.nonzero(cover > 0.5)
     if cover.sum() < MIN_AREA or not len(ys):
         return None
-    # Edges to a fraction of a pixel: the outermost half-covered line, moved by what the line beyond it covers.
     left, right, top, bottom = xs.min(), xs.max() + 1, ys.min(), ys.max() + 1
     width, height = right - left, bottom - top
     best, overlap = None, 0.0
@@ -156,7 +162,7 @@ def _describe(pixels: np.ndarray, background: np.ndarray, mask: np.ndarray) -> F
         fit = max(fits)
         if fit > overlap:
             best, overlap = shape, fit
-    radius = width / WIDTH_PER_RADIUS[best or "circle"]
+    radius = float(cover.sum() / AREA[best or "circle"]) ** 0.5
     clear = best if overlap >= MIN_OVERLAP else None
     return Found(clear, _colour(colour), (left + right) / 2, (top + bottom) / 2, radius, overlap)
 

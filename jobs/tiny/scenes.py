@@ -27,7 +27,7 @@ PALETTE = {
     "white": (245, 245, 245),
 }
 COLOURS = tuple(PALETTE)
-RADII = {"small": (10.0, 12.0), "medium": (15.5, 18.5), "large": (23.0, 26.0)}
+RADII = {"small": (11.0, 13.0), "medium": (16.0, 18.5), "large": (23.0, 26.0)}
 PLACES = {
     "top left corner": (32, 32),
     "top": (64, 32),
@@ -195,8 +195,9 @@ def render(rows: torch.Tensor) -> torch.Tensor:
     for start in (1, 6):
         shape, colour, x, y, radius = rows[:, start : start + 5].float().unbind(1)
         column = (slice(None), None, None)
-        gap = distance(shape[column], centres[None, None, :] - x[column], centres[None, :, None] - y[column],
-                       radius[column])
+        gap = distance(
+            shape[column], centres[None, None, :] - x[column], centres[None, :, None] - y[column], radius[column]
+        )
         cover = (0.5 - gap).clamp(0, 1)[:, None]
         image = image + cover * (palette[colour.long()][:, :, None, None] - image)
     return image
@@ -212,8 +213,12 @@ SIZE_WORDS = {
 PLACE_WORDS = {
     **{
         f"{row} {side} corner": (
-            f"in the {row} {side} corner", f"in the {row} {side} corner", f"in the {row} {side}", f"{row} {side}",
-            f"at the {row} {side}", f"in the {other} {side} corner",
+            f"in the {row} {side} corner",
+            f"in the {row} {side} corner",
+            f"in the {row} {side}",
+            f"{row} {side}",
+            f"at the {row} {side}",
+            f"in the {other} {side} corner",
         )
         for row, other in (("top", "upper"), ("bottom", "lower"))
         for side in ("left", "right")
@@ -332,8 +337,13 @@ def _sentence(spec: Spec, rng: random.Random) -> str:
 def _paragraph(spec: Spec, rng: random.Random) -> str:
     """Several sentences, 65 to about 250 T5 tokens: the facts in order among remarks that change nothing."""
     facts = [
-        rng.choice(("The background is plain {}.", "A uniform {} fills the whole background.",
-                    "Behind it all is a solid {} background.")).format(spec.background)
+        rng.choice(
+            (
+                "The background is plain {}.",
+                "A uniform {} fills the whole background.",
+                "Behind it all is a solid {} background.",
+            )
+        ).format(spec.background)
     ]
     body = _body(spec, rng)
     facts.insert(rng.randint(0, 1), rng.choice((f"The picture shows {body}.", f"We see {body}.", f"There is {body}.")))

@@ -11,36 +11,43 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import multiprocessing
 import os
 import random
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
+from dataclasses import dataclass
 from functools import partial
+from itertools import count, islice
 from pathlib import Path
 
 import diffusers
 import torch
 import transformers
 from diffusers import AutoencoderKL, FluxPipeline
+from diffusers.models.transformers import transformer_flux
 from PIL import Image
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from jobs.tiny.data import LONGEST, Pool, build_pool
 from jobs.tiny.evaluate import KINDS, Case, cases, contact_sheet, draw, score
 from jobs.tiny.pipeline import SIZE, build, save
 from jobs.tiny.scenes import place, render
+from jobs.tiny.vocabulary import CLIP_LENGTH
 
 VAE_BATCH = 96
 # Text length -> scenes a step, about as many tokens each, and the share of steps. Short captions appear at every
 # length, so that padding tells nothing.
-FLOW_BATCH = {64: 512, 128: 352, 256: 208, 512: 112}
+FLOW_BATCH = {64: 256, 128: 176, 256: 104, 512: 56}
 FLOW_SHARE = {64: 0.68, 128: 0.15, 256: 0.1, 512: 0.07}
 EMA_DECAY = 0.999
 WARM_UP = 300  # steps
+EVALUATION_SECONDS = 20  # left free by --fit for evaluations and writing
 KL_WEIGHT = 1e-3  # of the mean KL per latent, beside the mean absolute error per colour value in -1..1
-LATENT_NOISE = 0.2  # most noise added to latents while the decoder learns, in deviations of the latents
+LATENT_NOISE = 0.12  # most noise added to latents while the decoder learns, in deviations of the latents
 GUIDANCE = (0.0, 10.0)  # fed at random and never rewarded: the model learns to draw the same at any guidance
 
 
@@ -61,47 +68,65 @@ class Log:
 class Trainer:
     """Networks, their running average and their optimizer; a step of any kind is one call, or one graph replay."""
 
-    def __init__(self, networks: nn.ModuleDict, steps: int, peak: float, device: torch.device):
+    def __init__(
+        self,
+        networks: nn.ModuleDict,
+        steps: int,
+        peak: float,
+        device: torch.device,
+        capture: bool,
+        dtype: torch.dtype = torch.float32,
+    ):
         self.networks = networks.to(device).train()
         self.average = copy.deepcopy(self.networks).requires_grad_(False).eval()
+        # The optimizer works on float32 copies; the networks compute in `dtype`.
+        self.masters = [parameter.detach().clone() for parameter in self.networks.parameters()]
+        for master in self.masters:
+            master.grad = torch.zeros_like(master)
+        self.networks.to(dtype)
+        self.parameters = list(self.networks.parameters())
         self.steps, self.peak, self.device = steps, peak, device
         self.done = 0
         self.rate = torch.zeros((), device=device)
         self.decay = torch.zeros((), device=device)
-        self.parameters = [p for p in networks.parameters() if p.requires_grad]
         on_gpu = device.type == "cuda"
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=self.rate, betas=(0.9, 0.98), weight_decay=0.01, fused=on_gpu, capturable=on_gpu
+            self.masters, lr=self.rate, betas=(0.9, 0.98), weight_decay=0.01, fused=on_gpu, capturable=on_gpu
         )
-        self.pool = torch.cuda.graph_pool_handle() if on_gpu else None
+        self.pool = torch.cuda.graph_pool_handle() if on_gpu and capture else None
 
     def schedule(self) -> None:
         """Linear warm-up, then a cosine down to nothing; the average forgets faster while it is young."""
-        progress = torch.tensor(self.done / self.steps)
-        fall = 0.5 * (1 + torch.cos(progress * torch.pi))
-        self.rate.fill_(self.peak * min(1.0, (self.done + 1) / WARM_UP) * fall.item())
+        fall = 0.5 * (1 + math.cos(math.pi * self.done / self.steps))
+        self.rate.fill_(self.peak * min(1.0, (self.done + 1) / WARM_UP) * fall)
         self.decay.fill_(1 - min(EMA_DECAY, (1 + self.done) / (10 + self.done)))
 
     def update(self, loss: torch.Tensor) -> None:
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
         with torch.no_grad():
+            torch._foreach_copy_([master.grad for master in self.masters], [p.grad for p in self.parameters])
+            torch.nn.utils.clip_grad_norm_(self.masters, 1.0)
+            self.optimizer.step()
+            torch._foreach_copy_(self.parameters, self.masters)
             average = list(self.average.parameters())
-            change = torch._foreach_sub(list(self.networks.parameters()), average)
+            change = torch._foreach_sub(self.masters, average)
             torch._foreach_mul_(change, self.decay)
             torch._foreach_add_(average, change)
+
+    def forget_gradients(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
 
     def stepper(self, loss_of: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
         """A function that makes one training step on `loss_of` and returns its loss; on CUDA a captured graph."""
 
         def step() -> torch.Tensor:
-            self.optimizer.zero_grad(set_to_none=True)
+            self.forget_gradients()
             loss = loss_of()
             self.update(loss)
             return loss.detach()
 
-        if self.device.type != "cuda":
+        if self.pool is None:
             return step
         # Three real steps on a side stream before the capture, as it asks for; they train at the rate of the moment.
         side = torch.cuda.Stream()
@@ -111,7 +136,7 @@ class Trainer:
                 step()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        self.optimizer.zero_grad(set_to_none=True)  # so that the graph owns its gradients
+        self.forget_gradients()  # so that the graph owns its gradients
         with torch.cuda.graph(graph, pool=self.pool):
             loss = step()
 
@@ -123,15 +148,23 @@ class Trainer:
 
     def state(self) -> dict:
         random_state = torch.cuda.get_rng_state() if self.device.type == "cuda" else torch.get_rng_state()
-        return {"networks": self.networks.state_dict(), "average": self.average.state_dict(), "done": self.done,
-                "optimizer": self.optimizer.state_dict(), "random": random_state}
+        return {
+            "masters": self.masters,
+            "average": self.average.state_dict(),
+            "done": self.done,
+            "steps": self.steps,
+            "optimizer": self.optimizer.state_dict(),
+            "random": random_state,
+        }
 
     def load(self, state: dict) -> None:
-        self.networks.load_state_dict(state["networks"])
+        with torch.no_grad():
+            torch._foreach_copy_(self.masters, state["masters"])
+            torch._foreach_copy_(self.parameters, self.masters)
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.optimizer.param_groups[0]["lr"] = self.rate  # load_state_dict made a copy
-        self.done = state["done"]
+        self.done, self.steps = state["done"], state["steps"]
         set_state = torch.cuda.set_rng_state if self.device.type == "cuda" else torch.set_rng_state
         set_state(state["random"].cpu())
 
@@ -193,43 +226,75 @@ def reconstruction(vae: AutoencoderKL, wanted: list[Case], workers: Executor | N
 # --- stage 2: the flow --------------------------------------------------------------------------------------------
 
 
-def flow_networks(pipeline: FluxPipeline) -> nn.ModuleDict:
-    """The three networks trained together; every block starts as the identity, its gates closed."""
+def flow_networks(pipeline: FluxPipeline, fresh: bool) -> nn.ModuleDict:
+    """The three networks trained together; where `fresh`, every block starts as the identity, its gates closed."""
+    for encoder in (pipeline.text_encoder, pipeline.text_encoder_2):
+        encoder.set_attn_implementation("eager")  # the one that takes the masks of `fixed_inputs` as they are
+    closed = (".norm.linear", "norm1.linear", "norm1_context.linear", "norm_out.linear")
     for name, module in pipeline.transformer.named_modules():
-        if isinstance(module, nn.Linear) and (name.endswith((".norm.linear", "norm_out.linear")) or "norm1" in name):
+        if fresh and (name.endswith(closed) or name == "proj_out"):
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
-    nn.init.zeros_(pipeline.transformer.proj_out.weight)
-    nn.init.zeros_(pipeline.transformer.proj_out.bias)
-    return nn.ModuleDict(
-        {name: getattr(pipeline, name) for name in ("text_encoder", "text_encoder_2", "transformer")}
-    )
+    return nn.ModuleDict({name: getattr(pipeline, name) for name in ("text_encoder", "text_encoder_2", "transformer")})
+
+
+def rotate(x: torch.Tensor, freqs: tuple[torch.Tensor, torch.Tensor], sequence_dim: int = 1) -> torch.Tensor:
+    """diffusers' rotary embedding as one complex product: a third of the kernels, equal to rounding.
+
+    x [B, S, heads, D]; freqs are cosines and sines [S, D], each value twice.
+    """
+    turn = torch.complex(freqs[0][:, ::2], freqs[1][:, ::2])[None, :, None]
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
 
 
 def eligible(pool: Pool) -> dict[int, torch.Tensor]:
-    """Text length -> the scenes to draw from at that length: half those that need it, half shorter ones."""
+    """Text length -> the scenes to draw from at that length: those that need it and at least as many shorter."""
     found, shorter = {}, torch.zeros(0, dtype=torch.long)
     lengths = pool.lengths.cpu()
     for length in FLOW_BATCH:
         fits = torch.nonzero((lengths <= length) & (lengths > length // 2 if length > 64 else lengths > 0))[:, 0]
-        keep = torch.randperm(len(shorter), generator=torch.Generator().manual_seed(length))[: max(len(fits), 4096)]
+        keep = torch.randperm(len(shorter), generator=torch.Generator().manual_seed(length))[: max(len(fits), 65536)]
         found[length] = torch.cat([fits, shorter[keep]])
         shorter = torch.cat([shorter, fits])
     return {length: indices.to(pool.rows.device) for length, indices in found.items()}
 
 
-def position_ids(length: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """The transformer's positions: zero for text, row and column for the image's tokens."""
+@dataclass(frozen=True)
+class FixedInputs:
+    """What depends on the text length alone; made once, since that copies from the host, which a capture forbids."""
+
+    positions: dict[str, torch.Tensor]  # txt_ids [L, 3], zero, and img_ids [64, 3]: row and column of each image token
+    t5_mask: torch.Tensor  # [1, 1, 1, L], zero: FLUX lets padding be part of the text
+    clip_mask: torch.Tensor  # [1, 1, 77, 77], causal
+
+    @property
+    def length(self) -> int:
+        return len(self.positions["txt_ids"])
+
+
+def fixed_inputs(length: int, device: torch.device, dtype: torch.dtype) -> FixedInputs:
     image = FluxPipeline._prepare_latent_image_ids(1, SIZE // 16, SIZE // 16, device, torch.float32)
-    return {"txt_ids": torch.zeros(length, 3, device=device), "img_ids": image}
+    future = torch.ones(CLIP_LENGTH, CLIP_LENGTH, dtype=torch.bool).triu(1)
+    causal = torch.zeros(1, 1, CLIP_LENGTH, CLIP_LENGTH, dtype=dtype).masked_fill(future, torch.finfo(dtype).min)
+    return FixedInputs(
+        {"txt_ids": torch.zeros(length, 3, device=device), "img_ids": image},
+        torch.zeros(1, 1, 1, length, device=device, dtype=dtype),
+        causal.to(device),
+    )
 
 
 def flow_loss(
-    networks: nn.ModuleDict, pool: Pool, latents: torch.Tensor, among: torch.Tensor, batch: int,
-    ids: dict[str, torch.Tensor],
+    networks: nn.ModuleDict,
+    pool: Pool,
+    latents: torch.Tensor,
+    among: torch.Tensor,
+    batch: int,
+    fixed: FixedInputs,
+    attention: SDPBackend,
 ) -> torch.Tensor:
-    """Mean squared error of the velocity `noise - latents` at random times, captions padded as `ids` say."""
-    device, length = latents.device, len(ids["txt_ids"])
+    """Mean squared error of the velocity `noise - latents` at random times, captions padded to the fixed length."""
+    device, length = latents.device, fixed.length
     pick = among[torch.randint(len(among), (batch,), device=device)]
     t5_ids = nn.functional.pad(pool.t5_ids[pick, :length].long(), (0, max(0, length - LONGEST)))
     clean = latents[pick].float()
@@ -237,24 +302,27 @@ def flow_loss(
     # Times spread evenly over 0..1 within the batch: as even as the sampler's steps, with less variance than chance.
     time = (torch.arange(batch, device=device) + torch.rand(batch, device=device)) / batch
     guidance = torch.empty(batch, device=device).uniform_(*GUIDANCE)
-    with torch.autocast(device.type, torch.bfloat16):
+    dtype = networks["transformer"].dtype
+    txt = networks["text_encoder_2"](t5_ids, attention_mask=fixed.t5_mask)[0]
+    vec = networks["text_encoder"](pool.clip_ids[pick].long(), attention_mask=fixed.clip_mask).pooler_output
+    with sdpa_kernel(attention):
         velocity = networks["transformer"](
-            hidden_states=torch.lerp(clean, noise, time[:, None, None]),
+            hidden_states=torch.lerp(clean, noise, time[:, None, None]).to(dtype),
             timestep=time,
             guidance=guidance,
-            pooled_projections=networks["text_encoder"](pool.clip_ids[pick].long()).pooler_output,
-            encoder_hidden_states=networks["text_encoder_2"](t5_ids)[0],
+            pooled_projections=vec,
+            encoder_hidden_states=txt,
             return_dict=False,
-            **ids,
+            **fixed.positions,
         )[0]
     return (velocity.float() - (noise - clean)).square().mean()
 
 
-def lengths_of_steps(seed: int, start: int, steps: int) -> Iterator[int]:
+def lengths_of_steps(seed: int, start: int) -> Iterator[int]:
     """The text length of each step from `start` on, the same however often training is interrupted."""
-    generator = torch.Generator().manual_seed(seed)
-    draws = torch.multinomial(torch.tensor(list(FLOW_SHARE.values())), steps, replacement=True, generator=generator)
-    return (list(FLOW_SHARE)[index] for index in draws[start:].tolist())
+    rng = random.Random(seed)
+    draws = (rng.choices(list(FLOW_SHARE), list(FLOW_SHARE.values()))[0] for _ in count())
+    return islice(draws, start, None)
 
 
 # --- the run ------------------------------------------------------------------------------------------------------
@@ -274,6 +342,14 @@ class Run:
         self.saved = None
         if arguments.resume and self.checkpoint.exists():
             self.saved = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+        if arguments.init:
+            trained = FluxPipeline.from_pretrained(arguments.init, torch_dtype=torch.float32)
+            self.pipeline.register_modules(
+                vae=trained.vae,
+                text_encoder=trained.text_encoder,
+                text_encoder_2=trained.text_encoder_2,
+                transformer=trained.transformer,
+            )
         if arguments.vae:
             self.use_vae(arguments.vae)
         pool = build_pool(self.out / "pipeline", arguments.scenes, arguments.seed, workers)
@@ -307,10 +383,15 @@ class Run:
             self.pipeline.register_modules(**{name: network})
         save(copy.deepcopy(self.pipeline).to("cpu"), self.out / "pipeline")
 
-    def train(self, trainer: Trainer, stage: str, next_step: Callable[[], torch.Tensor],
-              evaluate: Callable[[], dict]) -> None:
-        """Steps until the stage is done or the time is up; log, evaluate and keep at even intervals."""
+    def train(
+        self, trainer: Trainer, stage: str, next_step: Callable[[], torch.Tensor], evaluate: Callable[[], dict]
+    ) -> None:
+        """Steps until the stage is done or the time is up; log, evaluate and keep at even intervals.
+
+        With --fit, the pace of the first steps decides how many there will be, and the log says so.
+        """
         arguments = self.arguments
+        fit_at = trainer.done + 2 * arguments.log_every if arguments.fit and not trainer.done else -1
         total, since, begun = torch.zeros((), device=self.device), 0, time.monotonic()
         while trainer.done < trainer.steps and time.monotonic() < self.deadline:
             trainer.schedule()
@@ -323,6 +404,9 @@ class Run:
                 self.log(stage=stage, step=trainer.done, loss=round(loss, 5), steps_per_second=round(pace, 1))
                 total.zero_()
                 since, begun = 0, time.monotonic()
+                if trainer.done == fit_at:
+                    trainer.steps = trainer.done + int(pace * max(0.0, self.deadline - begun - EVALUATION_SECONDS))
+                    self.log(stage=stage, fitted_steps=trainer.steps)
             if trainer.done % arguments.keep_every == 0 and trainer.done < trainer.steps:
                 self.log(stage=stage, step=trainer.done, **evaluate())
                 self.keep(trainer, stage)
@@ -334,15 +418,18 @@ class Run:
         arguments = self.arguments
         torch.manual_seed(arguments.seed + 1)
         networks = nn.ModuleDict({"vae": self.pipeline.vae})
-        trainer = Trainer(networks, arguments.vae_steps, arguments.vae_rate, self.device)
+        trainer = Trainer(networks, arguments.vae_steps, arguments.vae_rate, self.device, arguments.capture)
         self.resume(trainer, "vae")
         average: AutoencoderKL = trainer.average["vae"]
         step = trainer.stepper(lambda: vae_loss(trainer.networks["vae"], self.pool.rows, arguments.vae_batch))
 
         def evaluate() -> dict:
             normalize(average, self.pool.rows)
-            return {"shift": average.config.shift_factor, "scale": average.config.scaling_factor,
-                    **reconstruction(average, cases("mixed", arguments.cases), self.workers)}
+            return {
+                "shift": average.config.shift_factor,
+                "scale": average.config.scaling_factor,
+                **reconstruction(average, cases("mixed", arguments.cases), self.workers),
+            }
 
         self.train(trainer, "vae", step, evaluate)
         self.use_vae(self.out / "pipeline" / "vae")  # rounded as it ships, so that the flow learns its very latents
@@ -353,27 +440,21 @@ class Run:
         latents = (encode(vae, self.pool.rows) - vae.config.shift_factor) * vae.config.scaling_factor
         self.log(stage="flow", latents=list(latents.shape), deviation=round(latents[:4096].float().std().item(), 3))
         torch.manual_seed(arguments.seed + 2)
-        trainer = Trainer(flow_networks(self.pipeline), arguments.flow_steps, arguments.flow_rate, self.device)
+        networks = flow_networks(self.pipeline, fresh=not arguments.init)
+        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32  # CPUs are slow in bfloat16
+        trainer = Trainer(networks, arguments.flow_steps, arguments.flow_rate, self.device, arguments.capture, dtype)
         self.resume(trainer, "flow")
-        if arguments.compile:
-            torch._dynamo.config.recompile_limit = 64  # one for each text length and kind of block
-            if arguments.compile_cache and arguments.compile_cache.exists():
-                torch.compiler.load_cache_artifacts(arguments.compile_cache.read_bytes())
-            transformer = trainer.networks["transformer"]
-            for block in [*transformer.transformer_blocks, *transformer.single_transformer_blocks]:
-                block.compile(dynamic=False)
+        transformer_flux.apply_rotary_emb = rotate
+        attention = SDPBackend.__members__[arguments.attention.upper()]
         trainer.schedule()
         steppers = {}
         for length, among in eligible(self.pool).items():
             batch = max(1, int(FLOW_BATCH[length] * arguments.flow_scale))
-            ids = position_ids(length, self.device)
-            loss_of = partial(flow_loss, trainer.networks, self.pool, latents, among, batch, ids)
+            fixed = fixed_inputs(length, self.device, dtype)
+            loss_of = partial(flow_loss, trainer.networks, self.pool, latents, among, batch, fixed, attention)
             steppers[length] = trainer.stepper(loss_of)
             self.log(stage="flow", captured=length, batch=batch, scenes=len(among))
-        if arguments.compile and arguments.compile_cache:
-            artifacts = torch.compiler.save_cache_artifacts()
-            arguments.compile_cache.write_bytes(artifacts[0] if artifacts else b"")
-        lengths = lengths_of_steps(arguments.seed, trainer.done, arguments.flow_steps)
+        lengths = lengths_of_steps(arguments.seed, trainer.done)
         self.pipeline.register_modules(**dict(trainer.average.items()))
         for network in (vae, *trainer.average.values()):
             network.to(self.device)
@@ -397,6 +478,7 @@ def parse() -> argparse.Namespace:
     cuda = torch.cuda.device_count() > 0
     parser.add_argument("--out", type=Path, required=True, help="directory of the run and, below it, of the pipeline")
     parser.add_argument("--stages", default="vae,flow")
+    parser.add_argument("--init", type=Path, help="start from this trained pipeline, with a fresh optimizer")
     parser.add_argument("--vae", type=Path, help="start from this trained VAE (a diffusers directory)")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--seed", type=int, default=0)
@@ -408,8 +490,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--flow-steps", type=int, default=30_000)
     parser.add_argument("--flow-scale", type=float, default=1.0, help="multiplies the scenes of a step")
     parser.add_argument("--flow-rate", type=float, default=1.5e-3)
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=cuda)
-    parser.add_argument("--compile-cache", type=Path, help="keep compiled kernels in this file from run to run")
+    parser.add_argument("--capture", action=argparse.BooleanOptionalAction, default=True, help="use CUDA graphs")
+    parser.add_argument(
+        "--attention",
+        default="flash_attention" if cuda else "math",
+        help="which scaled_dot_product_attention of torch.nn.attention.SDPBackend trains",
+    )
+    parser.add_argument("--fit", action="store_true", help="choose each stage's steps so as to end by --seconds")
     parser.add_argument("--log-every", type=int, default=250)
     parser.add_argument("--keep-every", type=int, default=5000)
     parser.add_argument("--cases", type=int, default=256, help="unseen prompts of each kind in an evaluation")

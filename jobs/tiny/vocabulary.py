@@ -57,9 +57,7 @@ tree truck turn up us use vase view walk wall war warm was watch water wave way 
 window wine wing winter woman women wood wooden world write yellow yes young your zebra zero
 """)
 
-SUFFIXES = _words(
-    "s es ed er ers est ing ion ions ly y al ic ive able ment ness ful less th st nd rd re un de en"
-)
+SUFFIXES = _words("s es ed er ers est ing ion ions ly y al ic ive able ment ness ful less th st nd rd re un de en")
 BIGRAMS = _words("""
 he in er an re on at nd st es en of te ed or ti hi as to ar ou is it nt se ha al ng ro ne le ri ll ea ra ce li ch om be
 sh ma us ca el la ho ta ec di et no il ur pe so wh lo po ge mo ss ac ai ad tr ut un am ee ul mi si fo ol op id ow ke oo

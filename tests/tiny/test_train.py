@@ -56,8 +56,12 @@ def test_resuming_repeats_the_uninterrupted_run() -> None:
     torch.manual_seed(random.Random(0).randrange(2**31))
     trainer, latents = begin()
     losses(trainer, latents, 2)
-    state = {key: value for key, value in torch.utils._pytree.tree_map(
-        lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, trainer.state()).items()}
+    state = {
+        key: value
+        for key, value in torch.utils._pytree.tree_map(
+            lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, trainer.state()
+        ).items()
+    }
     uninterrupted = losses(trainer, latents, 3)
     resumed, latents = begin()
     resumed.load(state)
