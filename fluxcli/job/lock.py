@@ -1,6 +1,7 @@
 """Who owns a job's directory: one process at a time, named to whoever is refused."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -67,11 +68,17 @@ class Lock:
         self._file.write(json_line(owner))
         self._file.flush()
 
+    def check(self) -> None:
+        """Raises FileNotFoundError where the directory is no longer the one locked: moved, or its mount gone."""
+        if not os.path.samestat(os.fstat(self._file.fileno()), self._path.stat()):
+            raise FileNotFoundError(errno.ENOENT, "the job's directory was replaced by another", str(self._path.parent))
+
     def release(self) -> None:
         self._released.set()
         if not self._file.closed:
             with contextlib.suppress(OSError):
-                self._path.unlink(missing_ok=True)
+                self.check()
+                self._path.unlink()
             self._file.close()
 
     def _beat(self) -> None:

@@ -107,7 +107,8 @@ class JobStore:
     def write(self, final: Path, data: bytes) -> Written:
         """Puts a picture into its temporary file, on disk for sure. Safe to call from several threads."""
         with self._writing():
-            final.parent.mkdir(parents=True, exist_ok=True)
+            self._lock.check()
+            final.parent.mkdir(exist_ok=True)
             temporary = final.with_name(f".{final.name}{TEMPORARY}")
             now = utc_now()
             with temporary.open("wb") as file:
@@ -121,6 +122,7 @@ class JobStore:
     def commit(self, written: Sequence[Written], rows: Sequence[dict[str, Any]]) -> None:
         """Makes a batch's pictures and rows part of the job: all of a picture's bytes first, its row last."""
         with self._writing():
+            self._lock.check()
             for each in written:
                 os.replace(each.temporary, each.final)
             for folder in {each.final.parent for each in written}:
@@ -141,11 +143,13 @@ class JobStore:
             self._attempts[key] = attempt = self._attempts.get(key, 0) + 1
             rows.append({**failure.as_row(), "attempt": attempt, "run": self.run})
         with self._writing():
+            self._lock.check()
             append_rows(self._failures_path, rows)
 
     def record_run(self, row: dict[str, Any]) -> None:
         """Appends this start's row to runs.jsonl."""
         with self._writing():
+            self._lock.check()
             append_rows(self._runs_path, [{"run": self.run, **row}])
 
     def _recover(self, identity: dict[str, Any]) -> None:
@@ -155,6 +159,8 @@ class JobStore:
                 if (self.directory / name).exists():
                     raise JobError(f"{self.directory}: has {name} but no job.json, so it is no job; choose another -o")
             write_atomically(job, [json.dumps(identity, indent=2, ensure_ascii=False), "\n"])
+        # Here alone, so that a mount that vanishes is an error and not an empty directory to start afresh in.
+        (self.directory / "images").mkdir(exist_ok=True)
         for path in (self._manifest_path, self._failures_path, self._runs_path):
             if cut := cut_torn_line(path):
                 self._say(f"{path}: cut off {cut} bytes of a line that a crash left unfinished")

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -162,6 +163,28 @@ def test_a_really_full_file_system(rows, undisturbed, tmp_path) -> None:
             harness.run(rows, disk / "other")
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.parametrize("replaced", [False, True], ids=["gone", "another in its place"])
+def test_a_mount_that_vanishes_stops_the_job(replaced: bool, rows, undisturbed, tmp_path) -> None:
+    directory, elsewhere = tmp_path / "job", tmp_path / "elsewhere"
+
+    def vanish(batch: Batch, pixels: np.ndarray, finite: list[bool]) -> None:
+        if batch.index == 1:
+            directory.rename(elsewhere)
+            if replaced:
+                (directory / "images").mkdir(parents=True)
+                (directory / ".lock").touch()
+
+    with pytest.raises(JobError, match="cannot be written"):
+        harness.run(rows, directory, SeedEngine(vanish))
+    found = sorted(path.name for path in directory.rglob("*"))
+    assert found == ([".lock", "images"] if replaced else [])
+    shutil.rmtree(directory, ignore_errors=True)
+    elsewhere.rename(directory)
+    assert harness.run(rows, directory) == 0
+    assert harness.essence(directory) == undisturbed
+    assert not verify(directory).problems
 
 
 def test_a_deleted_and_an_altered_picture_are_made_again(rows, undisturbed, tmp_path) -> None:
