@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,25 +41,33 @@ class Result(subprocess.CompletedProcess[str]):
         return json.loads(self.stdout)
 
 
-@pytest.fixture
-def fluxcli(tmp_path: Path) -> Callable[..., Result]:
-    """Runs the command line as a user does: in a process of its own, in an empty directory, on the CPU."""
+# One thread: the pictures are too small to gain from more, and machines that run tests are busy.
+ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
-    def run(
-        *args: object, stdin: bytes | None = None, cwd: Path = tmp_path, env: dict[str, str] | None = None
-    ) -> Result:
+
+@pytest.fixture(scope="session")
+def command() -> Callable[..., Result]:
+    """Runs the command line as a user does, in a process of its own and on the CPU, in the directory `cwd`."""
+
+    def run(*args: object, cwd: Path, stdin: bytes | None = None, env: dict[str, str] | None = None) -> Result:
         done = subprocess.run(
             [sys.executable, "-m", "fluxcli", *map(str, args)],
             input=stdin,
             stdin=subprocess.DEVNULL if stdin is None else None,
             capture_output=True,
             cwd=cwd,
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **(env or {})},
+            env={**os.environ, **ENVIRONMENT, **(env or {})},
             timeout=300,
         )
         return Result(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
 
     return run
+
+
+@pytest.fixture
+def fluxcli(command: Callable[..., Result], tmp_path: Path) -> Callable[..., Result]:
+    """`command` in the test's own directory."""
+    return partial(command, cwd=tmp_path)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -1,9 +1,6 @@
-"""The command line for fixtures that outlive one test: one run, many tests reading what it left."""
+"""What the tests of the command line share."""
 
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,28 +9,7 @@ from click.testing import CliRunner
 
 from tests.conftest import Result
 
-# One thread: the pictures are too small to gain from more, and machines that run tests are busy.
-ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 SMALL = ("-m", "tiny", "--width", 64, "--height", 64, "--steps", 1)
-
-
-@pytest.fixture(scope="session")
-def command() -> Callable[..., Result]:
-    """As `fluxcli`, in the directory `cwd`."""
-
-    def run(*args: object, cwd: Path, stdin: bytes | None = None, env: dict[str, str] | None = None) -> Result:
-        done = subprocess.run(
-            [sys.executable, "-m", "fluxcli", *map(str, args)],
-            input=stdin,
-            stdin=subprocess.DEVNULL if stdin is None else None,
-            capture_output=True,
-            cwd=cwd,
-            env={**os.environ, **ENVIRONMENT, **(env or {})},
-            timeout=300,
-        )
-        return Result(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
-
-    return run
 
 
 @pytest.fixture

@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.cli.conftest import ENVIRONMENT, SMALL, copy_of, files
-from tests.conftest import Result, read_rows, write_rows
+from tests.cli.conftest import SMALL, copy_of, files
+from tests.conftest import ENVIRONMENT, Result, read_rows, write_rows
 from tests.pipelines import DEV, SCHNELL
 
 LONG = "a red circle beside a blue square " * 200

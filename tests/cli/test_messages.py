@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from tests.cli.conftest import ENVIRONMENT, SMALL, files
-from tests.conftest import Result, write_rows
+from tests.cli.conftest import SMALL, files
+from tests.conftest import ENVIRONMENT, Result, write_rows
 from tests.pipelines import DEV, build
 
 
