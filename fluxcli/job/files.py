@@ -33,17 +33,19 @@ def read_rows(path: Path, *keys: str, torn_ok: bool = False) -> Iterator[dict[st
     """
     if not path.exists():
         return
+    required = set(keys)
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if torn_ok and not line.endswith(b"\n"):
                 return
             try:
-                row = json.loads(line)
-                missing = [key for key in keys if key not in row]
-            except (ValueError, TypeError) as error:
+                row = json.loads(line.decode())
+                complete = required <= row.keys()
+            except (ValueError, AttributeError) as error:
                 raise JobError(f"{path}, line {number}: not a row of JSON; run fluxcli verify --repair") from error
-            if missing:
-                raise JobError(f"{path}, line {number}: has no {missing[0]}; run fluxcli verify --repair")
+            if not complete:
+                missing = ", ".join(sorted(required - row.keys()))
+                raise JobError(f"{path}, line {number}: has no {missing}; run fluxcli verify --repair")
             yield row
 
 

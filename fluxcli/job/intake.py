@@ -107,9 +107,11 @@ def take_in(
             if isinstance(raw.value, RowError):
                 raise raw.value
             records = check_row(raw.value, raw.index, raw.line, defaults)
-            if taken := next((record.id for record in records if record.id in seen), None):
+            ids = [record.id for record in records]
+            if not seen.isdisjoint(ids):
+                taken = next(id for id in ids if id in seen)
                 raise RowError(f"id {taken} is already used by an earlier row", id=taken)
-            seen.update(record.id for record in records)
+            seen.update(ids)
             wanted = [(copy, record) for copy, record in enumerate(records) if status(record) != "done"]
         except RowError as error:
             intake.failures.append(Failure(error.id, raw.line, error.kind, str(error)))

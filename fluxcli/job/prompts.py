@@ -10,7 +10,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -96,7 +96,7 @@ class PromptFile:
     def _rows(self, offset: int) -> Iterator[tuple[int, int, dict[str, Any] | RowError]]:
         lines = _Lines(self._file, offset)
         if self.format in ("jsonl", "txt"):
-            parse = _parse_json if self.format == "jsonl" else _parse_text
+            parse = _json_parser() if self.format == "jsonl" else _parse_text
             for start, raw in lines:
                 if raw is None:
                     yield lines.count, start, _too_long()
@@ -166,7 +166,7 @@ class PromptFile:
 
 
 class _Lines:
-    """Iterates (offset, line without its end) from `offset`; None stands for a line over MAX_LINE, never held whole."""
+    """Iterates (offset, line) from `offset`; None stands for a line over MAX_LINE, never held whole."""
 
     def __init__(self, file: IO[bytes], offset: int) -> None:
         self._file = file
@@ -177,9 +177,9 @@ class _Lines:
 
     def __iter__(self) -> Iterator[tuple[int, bytes | None]]:
         while True:
-            # Re-reads of other rows may move the file between two steps of this iterator.
-            self._file.seek(self.offset)
             start = self.offset
+            if self._file.tell() != start:  # rows read again in between move the file
+                self._file.seek(start)
             raw: bytes | None = self._file.readline(MAX_LINE + 1)
             if not raw:
                 return
@@ -188,7 +188,9 @@ class _Lines:
                     raw = self._file.readline(MAX_LINE)
                 raw = None
                 self.too_long += 1
-            self.offset = self._file.tell()
+                self.offset = self._file.tell()
+            else:
+                self.offset = start + len(raw)
             self.count += 1
             if self.after_first is None:
                 self.after_first = self.offset
@@ -230,9 +232,21 @@ def _parse_text(raw: bytes) -> dict[str, Any]:
         raise RowError(f"the line is not valid UTF-8: {error.reason} at byte {error.start}") from error
 
 
-def _parse_json(raw: bytes) -> dict[str, Any]:
+def _json_parser() -> Callable[[bytes], dict[str, Any]]:
+    """One reader for all lines of a file; each is handed to it as it comes."""
+    line: list[bytes] = []
+    reader = jsonlines.Reader(iter(line.pop, None), loads=_strict_loads)
+
+    def parse(raw: bytes) -> dict[str, Any]:
+        line.append(raw)
+        return _parse_json(raw, reader)
+
+    return parse
+
+
+def _parse_json(raw: bytes, reader: jsonlines.Reader) -> dict[str, Any]:
     try:
-        value = jsonlines.Reader([raw], loads=_strict_loads).read()
+        value = reader.read()
     except jsonlines.InvalidLineError as error:
         cause = error.__cause__ or error
         raise RowError(
@@ -242,7 +256,7 @@ def _parse_json(raw: bytes) -> dict[str, Any]:
         raise RowError(f"the line must be a JSON object, got {_show(value)}")
     if raw.count(b"[") + raw.count(b"{") > MAX_NESTING and _nesting(value) > MAX_NESTING:
         raise RowError(f"the row is nested more than {MAX_NESTING} levels deep")
-    if b"\\ud" in raw.lower():
+    if b"\\u" in raw and b"\\ud" in raw.lower():
         try:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
         except UnicodeEncodeError as error:
@@ -330,11 +344,14 @@ def check_row(row: dict[str, Any], index: int, line: int, defaults: RowDefaults)
     except RowError as error:
         error.id = id
         raise
-    ids = [id] if copies == 1 else [f"{id}-{copy}" for copy in range(copies)]
+    if copies == 1:
+        own = derived_seed(defaults.seed, id) if seed < 0 else seed
+        return [PromptRecord(id, prompt, own, width, height, steps, guidance, line, meta)]
+    ids = [f"{id}-{copy}" for copy in range(copies)]
     seeds = [derived_seed(defaults.seed, each) if seed < 0 else seed + copy for copy, each in enumerate(ids)]
     return [
-        PromptRecord(each, prompt, each_seed, width, height, steps, guidance, line, meta)
-        for each, each_seed in zip(ids, seeds, strict=True)
+        PromptRecord(each, prompt, own, width, height, steps, guidance, line, meta)
+        for each, own in zip(ids, seeds, strict=True)
     ]
 
 

@@ -14,7 +14,8 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ FILES_PER_DIRECTORY = 10_000
 FAILURE_KEYS = ("id", "line", "attempt", "run")
 RUN_KEYS = ("run",)
 _SETTINGS = ("prompt", "seed", "width", "height", "num_inference_steps", "guidance_scale")
+_settings_of_row, _settings_of_record = itemgetter(*_SETTINGS), attrgetter(*_SETTINGS)
 MANIFEST_KEYS = ("id", "file_name", "sha256", "run", "finished_at", *_SETTINGS)
 
 
@@ -82,13 +84,14 @@ class JobStore:
     def close(self) -> None:
         self._lock.release()
 
-    def status(self, record: PromptRecord) -> str | None:
-        """ "done" where the record's image is committed, else None.
+    @cached_property
+    def status(self) -> Callable[[PromptRecord], str | None]:
+        """Asked of a record: "done" where its image is committed, else None.
 
         Raises:
             RowError: an image is committed under this id from another prompt or other settings.
         """
-        return committed_status(self._committed)(record)
+        return committed_status(self._committed)
 
     def failed_before(self, id: str | None, line: int) -> bool:
         """Whether the row with this id on this line stands in failures.jsonl."""
@@ -133,7 +136,7 @@ class JobStore:
                 if stray is not None and stray != each.final:
                     stray.unlink(missing_ok=True)
         for row in rows:
-            self._committed[row["id"]] = _content(row)
+            self._committed[row["id"]] = hash(_settings_of_row(row))
 
     def fail(self, failures: Iterable[Failure]) -> None:
         """Appends to failures.jsonl, numbering each row's attempts."""
@@ -173,7 +176,7 @@ class JobStore:
     def _read_manifest(self) -> int:
         """Takes in every row whose picture is there; drops the others, so that they are redone."""
         pictures, last_run = self._pictures(), -1
-        self._committed: dict[str, bytes] = {}
+        self._committed: dict[str, int] = {}
         dropped: list[str] = []
         for row in read_rows(self._manifest_path, *MANIFEST_KEYS):
             last_run = max(last_run, row["run"])
@@ -183,7 +186,7 @@ class JobStore:
             elif modified != _nanoseconds(row["finished_at"]) and not self._unchanged(row):
                 dropped.append(f"{row['id']} (picture altered)")
             elif row["id"] not in self._committed:
-                self._committed[row["id"]] = _content(row)
+                self._committed[row["id"]] = hash(_settings_of_row(row))
         self._rows_at_start = len(self._committed) + len(dropped)
         self._orphans = {Path(name).name: self.directory / name for name in pictures}
         if dropped:
@@ -296,9 +299,15 @@ def _show(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def read_committed(directory: Path) -> dict[str, bytes]:
-    """Ids in a job's manifest with a digest of their settings: a look from outside, which mends and locks nothing."""
-    return {row["id"]: _content(row) for row in read_rows(directory / "manifest.jsonl", *MANIFEST_KEYS, torn_ok=True)}
+def read_committed(directory: Path) -> dict[str, int]:
+    """Ids in a job's manifest with a hash of their settings, good for this process.
+
+    A look from outside, which mends and locks nothing.
+    """
+    return {
+        row["id"]: hash(_settings_of_row(row))
+        for row in read_rows(directory / "manifest.jsonl", *MANIFEST_KEYS, torn_ok=True)
+    }
 
 
 def read_failed(directory: Path) -> set[tuple[str | None, int]]:
@@ -306,14 +315,14 @@ def read_failed(directory: Path) -> set[tuple[str | None, int]]:
     return {(row["id"], row["line"]) for row in read_rows(directory / "failures.jsonl", *FAILURE_KEYS, torn_ok=True)}
 
 
-def committed_status(committed: dict[str, bytes]) -> Callable[[PromptRecord], str | None]:
-    """`JobStore.status` over any such digests."""
+def committed_status(committed: dict[str, int]) -> Callable[[PromptRecord], str | None]:
+    """`JobStore.status` over any such hashes."""
 
     def status(record: PromptRecord) -> str | None:
         content = committed.get(record.id)
         if content is None:
             return None
-        if content != _content(record_settings(record)):
+        if content != hash(_settings_of_record(record)):
             raise RowError(
                 f"id {record.id} is committed with another prompt or other settings; give the changed row a new id",
                 kind="changed_row",
@@ -327,10 +336,6 @@ def committed_status(committed: dict[str, bytes]) -> Callable[[PromptRecord], st
 def record_settings(record: PromptRecord) -> dict[str, Any]:
     """The settings of one image, in manifest order: what its pixels depend on besides the job."""
     return {name: getattr(record, name) for name in _SETTINGS}
-
-
-def _content(row: dict[str, Any]) -> bytes:
-    return hashlib.blake2b(repr([row[name] for name in _SETTINGS]).encode(), digest_size=16).digest()
 
 
 @lru_cache(maxsize=1024)  # a batch's rows share a few stamps
