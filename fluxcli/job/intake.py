@@ -100,13 +100,13 @@ def take_in(
         chunk.clear()
 
     for raw in source.scan():
-        if limit is not None and raw.index >= limit:
+        if limit is not None and raw.number >= limit:
             break
         intake.rows += 1
         try:
             if isinstance(raw.value, RowError):
                 raise raw.value
-            records = check_row(raw.value, raw.index, raw.line, defaults)
+            records = check_row(raw.value, raw.number, raw.line, defaults)
             ids = [record.id for record in records]
             if not seen.isdisjoint(ids):
                 taken = next(id for id in ids if id in seen)
@@ -118,7 +118,7 @@ def take_in(
             continue
         intake.done += len(records) - len(wanted)
         if wanted:
-            chunk.append((raw.offset, raw.index, wanted))
+            chunk.append((raw.offset, raw.number, wanted))
         if len(chunk) == _CHUNK:
             flush()
     flush()

@@ -11,9 +11,8 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, NamedTuple
 
 import jsonlines
 
@@ -38,17 +37,16 @@ _ALIASES = {
 _ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
-_KEYS = ("prompt", "id", "seed", "width", "height", "num_inference_steps", "guidance_scale", "num_images")
+_KEYS = frozenset(("prompt", "id", "seed", "width", "height", "num_inference_steps", "guidance_scale", "num_images"))
 
 
-@dataclass(frozen=True, slots=True)
-class RawRow:
+class RawRow(NamedTuple):
     """One row as read: `value` is a JSON object's dict, or what was wrong with it.
 
-    `index` counts rows from 0 (blank lines are none), `line` counts lines from 1, `offset` is where it starts in bytes.
+    `number` counts rows from 0 (blank lines are none), `line` counts lines from 1, `offset` is where it starts in bytes.
     """
 
-    index: int
+    number: int
     line: int
     offset: int
     value: dict[str, Any] | RowError
@@ -330,12 +328,15 @@ def check_row(row: dict[str, Any], index: int, line: int, defaults: RowDefaults)
             raise RowError("prompt is missing" if prompt is None else f"prompt must be a string, got {_show(prompt)}")
         if not prompt.strip():
             raise RowError("prompt is empty")
-        width = _size("width", given, defaults.width)
-        height = _size("height", given, defaults.height)
-        steps = _integer("num_inference_steps", given, 1, 1000, defaults.num_inference_steps)
-        guidance = _guidance(given, defaults.guidance_scale)
-        copies = _integer("num_images", given, 1, MAX_IMAGES_PER_ROW, 1)
-        seed = _integer("seed", given, 0, MAX_SEED, -1)
+        width, height, steps = defaults.width, defaults.height, defaults.num_inference_steps
+        guidance, copies, seed = defaults.guidance_scale, 1, -1
+        if len(given) > 1:  # most rows of a large job give their prompt alone
+            width = _size("width", given, width)
+            height = _size("height", given, height)
+            steps = _integer("num_inference_steps", given, 1, 1000, steps)
+            guidance = _guidance(given, guidance)
+            copies = _integer("num_images", given, 1, MAX_IMAGES_PER_ROW, copies)
+            seed = _integer("seed", given, 0, MAX_SEED, seed)
         assert id is not None
         if copies > 1 and len(id) + 1 + len(str(copies - 1)) > 128:
             raise RowError(f"id is too long for num_images: {id}-{copies - 1} has more than 128 characters")
