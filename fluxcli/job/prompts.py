@@ -43,7 +43,8 @@ _KEYS = frozenset(("prompt", "id", "seed", "width", "height", "num_inference_ste
 class RawRow(NamedTuple):
     """One row as read: `value` is a JSON object's dict, or what was wrong with it.
 
-    `number` counts rows from 0 (blank lines are none), `line` counts lines from 1, `offset` is where it starts in bytes.
+    `number` counts rows from 0 (blank lines are none), `line` counts lines from 1, `offset` is where it starts in
+    bytes.
     """
 
     number: int

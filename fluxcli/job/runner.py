@@ -121,14 +121,14 @@ class Runner:
                 raise Stopped(stopping.signal)
         return self.totals
 
-    def record(self, exit_status: int, device: dict[str, Any]) -> None:
-        """This start's row in runs.jsonl."""
+    def record(self, exit_status: int, machine: dict[str, Any]) -> None:
+        """This start's row in runs.jsonl. `machine` is its device, dtype and versions."""
         totals = self.totals
         self._store.record_run(
             {
                 "host": socket.gethostname(),
-                **device,
-                "versions": {"fluxcli": __version__, "python": platform.python_version(), **device["versions"]},
+                **machine,
+                "versions": {"fluxcli": __version__, "python": platform.python_version(), **machine["versions"]},
                 "started_at": self._started_at,
                 "finished_at": utc_now(),
                 "planned": len(self._intake.groups),
