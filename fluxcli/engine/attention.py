@@ -14,6 +14,7 @@ from functools import cache, partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.library import custom_op
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fluxcli.config import ATTENTION
@@ -31,7 +32,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
     return _external(q, k, v, backend)
 
 
-@torch.library.custom_op("fluxcli::attention", mutates_args=())
+@custom_op("fluxcli::attention", mutates_args=())
 def _external(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
     # Opaque to the compiler: these kernels are picked at run time and compiled by others.
     if backend == "cudnn":

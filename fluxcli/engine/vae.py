@@ -6,7 +6,7 @@ from torch import Tensor
 from fluxcli.checkpoints import Checkpoint
 from fluxcli.engine.weights import load_part
 
-# Decoding one 1024x1024 picture at a time fills a large GPU; smaller ones go together up to this many pixels.
+# Pixels decoded at once: one 1024x1024 picture, or several smaller ones. Bounds the decoder's memory at any batch size.
 _PIXELS_AT_ONCE = 2**20
 
 

@@ -11,8 +11,7 @@ from fluxcli.records import PromptRecord
 if TYPE_CHECKING:
     import numpy as np
 
-# The fastest level of zlib: on photographic pictures it costs a tenth more bytes than the default and a third of the
-# time.
+# The fastest level of zlib: the host's threads have to keep up with the device, and files may be a little larger for it.
 _PNG_LEVEL = 1
 _EXIF_IFD, _USER_COMMENT = 0x8769, 0x9286
 
