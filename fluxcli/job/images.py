@@ -11,7 +11,8 @@ from fluxcli.records import PromptRecord
 if TYPE_CHECKING:
     import numpy as np
 
-# The fastest level of zlib: the host's threads have to keep up with the device, and files may be a little larger for it.
+# The fastest level of zlib: the host's threads have to keep up with the device, and files may be a little larger for
+# it.
 _PNG_LEVEL = 1
 _EXIF_IFD, _USER_COMMENT = 0x8769, 0x9286
 
