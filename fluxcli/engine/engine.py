@@ -57,7 +57,7 @@ class Engine:
         self._decoder = Decoder(checkpoint, self._device, self._dtype, config.compile)
         self._channels = self._flux.config.in_channels // sampling.PATCH**2
         self._prepared: dict[ShapeKey, _Prepared] = {}
-        if config.compile:
+        if config.compile and not self._cuda:  # on CUDA the blocks are made of fused kernels already
             _compile_blocks(self._flux.transformer_blocks, self._flux.single_transformer_blocks)
 
     @property
