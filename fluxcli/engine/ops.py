@@ -1,4 +1,4 @@
-"""The pieces of a FLUX block between and around its matrix products.
+"""The pieces of a FLUX block between and around its matrix products, and of the VAE's blocks around convolutions.
 
 Each is plain torch, which is the reference; on CUDA a fused kernel of the same name and signature in `kernels` runs.
 """
@@ -120,6 +120,31 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     c, s = cos[None, :, None], sin[None, :, None]
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((a * c - b * s, b * c + a * s), dim=-1).flatten(-2).to(x.dtype)
+
+
+def group_norm_silu(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, before: Tensor | None = None
+) -> Tensor:
+    """SiLU of the GroupNorm of x, or of x + `before`: the bias of the convolution that made x.
+
+    x [B, C, H, W], channels-last on CUDA; weight, bias, before [C] -> like x.
+    """
+    if x.is_cuda:
+        from fluxcli.engine import kernels
+
+        return kernels.group_norm_silu(x, weight, bias, groups, eps, before)
+    if before is not None:
+        x = x + before[:, None, None]
+    return F.silu(F.group_norm(x, groups, weight, bias, eps))
+
+
+def add_biased(x: Tensor, y: Tensor, bias: Tensor) -> Tensor:
+    """x + y + bias; x, y [B, C, H, W], both channels-last on CUDA; bias [C]."""
+    if x.is_cuda:
+        from fluxcli.engine import kernels
+
+        return kernels.add_biased(x, y, bias)
+    return x + y + bias[:, None, None]
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:

@@ -86,6 +86,42 @@ class TestQkNormRope:
         check_qk_norm_rope(heads(*shape, "cuda", dtype), dtype, ops.qk_norm_rope)
 
 
+def pictures(shape: tuple[int, ...], device: str, dtype: torch.dtype):
+    """Channels-last, far from zero: a mean that squares would drown in."""
+    x = torch.randn(shape, device=device).to(dtype, memory_format=torch.channels_last) + 8
+    weight, bias, before = (torch.randn(shape[1], device=device).to(dtype) for _ in range(3))
+    return x, weight, bias, before
+
+
+def check_group_norm_silu(given, groups: int, dtype: torch.dtype, fused) -> None:
+    x, weight, bias, before = given
+    for added in (None, before):
+        ours = fused(x, weight, bias, groups, 1e-6, added)
+        theirs = ops.group_norm_silu(
+            *map(exact, (x, weight, bias)), groups, 1e-6, None if added is None else exact(added)
+        )
+        assert ours.stride() == x.stride()
+        assert error(ours, theirs) < 2 * TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(
+    ("shape", "groups"), [((1, 256, 256, 256), 32), ((2, 512, 50, 74), 32), ((3, 24, 18, 10), 8)], ids=str
+)
+@DTYPES
+class TestVae:
+    pytestmark = gpu
+
+    def test_group_norm_with_silu(self, dtype: torch.dtype, shape, groups: int) -> None:
+        torch.manual_seed(0)
+        check_group_norm_silu(pictures(shape, "cuda", dtype), groups, dtype, ops.group_norm_silu)
+
+    def test_adding_with_a_bias(self, dtype: torch.dtype, shape, groups: int) -> None:
+        torch.manual_seed(0)
+        x, bias, _, _ = pictures(shape, "cuda", dtype)
+        given = (x, x.flip(2).contiguous(memory_format=torch.channels_last), bias)
+        assert error(ops.add_biased(*given), ops.add_biased(*map(exact, given))) < TOLERANCE[dtype]
+
+
 @DTYPES
 class TestProducts:
     pytestmark = gpu
@@ -124,6 +160,10 @@ def interpret() -> None:
             check_add_and_modulate(stream(2, 5, 96, pending, "cpu", dtype), dtype, kernels.add_and_modulate)
         for tokens in ((3, 5), (4,)):
             check_qk_norm_rope(heads(tokens, 3, (8, 12, 12), "cpu", dtype), dtype, kernels.qk_norm_rope)
+        given = pictures((2, 24, 7, 9), "cpu", dtype)
+        check_group_norm_silu(given, 8, dtype, kernels.group_norm_silu)
+        added = given[0], given[0].flip(2).contiguous(memory_format=torch.channels_last), given[1]
+        assert error(kernels.add_biased(*added), ops.add_biased(*map(exact, added))) < TOLERANCE[dtype]
 
 
 def test_rotation_keeps_lengths_and_depends_on_relative_positions_only() -> None:
