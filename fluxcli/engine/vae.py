@@ -65,7 +65,7 @@ class FusedResnet(nn.Module):
 
 
 class FusedUpsample(nn.Module):
-    """An Upsample2D of diffusers, nearest neighbour and a convolution, with the same weights; torch's own kernel for the
+    """An Upsample2D of diffusers, nearest neighbour and a convolution, with the same weights; torch's kernel for the
     former is slow channels-last."""
 
     def __init__(self, block: Any) -> None:
