@@ -52,9 +52,9 @@ class Engine:
             self._pool = torch.cuda.graph_pool_handle()
         self._tokenizers = Tokenizers(checkpoint.tokenizers)
         self._schedule = sampling.Schedule(checkpoint.directory / "scheduler")
-        self._text = TextEncoders(checkpoint, self._device, self._dtype)
-        self._flux = load_transformer(checkpoint, self._device, self._dtype)
-        self._decoder = Decoder(checkpoint, self._device, self._dtype, config.compile)
+        with load_transformer(checkpoint, self._device, self._dtype) as self._flux:  # its weights are read meanwhile
+            self._text = TextEncoders(checkpoint, self._device, self._dtype)
+            self._decoder = Decoder(checkpoint, self._device, self._dtype, config.compile)
         self._channels = self._flux.config.in_channels // sampling.PATCH**2
         self._prepared: dict[ShapeKey, _Prepared] = {}
         if config.compile:
