@@ -11,6 +11,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from fluxcli.errors import FluxcliError, UsageError
 
 if TYPE_CHECKING:
     from fluxcli.checkpoints import Checkpoint
+    from fluxcli.records import ShapeKey
 
 _FORMATS = ("png", "jpg", "webp")
 _JOB_OPTIONS = ("text_lengths", "batch_size", "limit", "strict", "max_failures", "retry_failed")
@@ -253,7 +255,7 @@ def gen(
     if tokens > text_length:
         say(f"the prompt has {tokens} tokens and is cut to {text_length}")
     records = [replace(record, text_tokens=tokens, text_length=text_length) for record in records]
-    engine = _engine(checkpoint, engine_config)
+    engine = _engine(checkpoint, engine_config, single.shapes(records, batch_size))
     made = []
     for record, path in single.generate(engine, records, batch_size, output, image, checkpoint.name):
         text = {"text_tokens": tokens, "text_length": text_length, "truncated": record.truncated}
@@ -339,7 +341,8 @@ def batch(
         else:
             say("\n".join([report.plan_table(data), *report.failure_lines(intake.failures)]))
         return
-    status, totals = job.run(lambda: _engine(checkpoint, engine_config), device.machine(engine_config), say)
+    make = partial(_engine, checkpoint, engine_config)
+    status, totals = job.run(make, device.machine(engine_config), say)
     say(report.totals_lines(totals))
     if totals["failures"]:
         say(f"failed rows: {job.directory / 'failures.jsonl'}")
@@ -378,7 +381,7 @@ def warmup(input: str | None, sizes: Sequence[tuple[int, int]], batch_size: int,
         wanted = {ShapeKey(batch_size, height, width, length) for width, height in chosen for length in lengths}
         keys = sorted(wanted, key=ShapeKey.tokens, reverse=True)
     start = time.perf_counter()
-    engine = _engine(checkpoint, engine_config)
+    engine = _engine(checkpoint, engine_config, keys)
 
     def tell(one: WarmUp) -> None:
         say(f"{one.key}: {one.seconds:.2f} s, {one.state}, {one.attention} attention")
@@ -440,11 +443,14 @@ def _checkpoint(name: str | None, revision: str | None) -> "Checkpoint":
     return checkpoints.resolve(name, revision)
 
 
-def _engine(checkpoint: "Checkpoint", engine_config: config.EngineConfig) -> Any:
+def _engine(checkpoint: "Checkpoint", engine_config: config.EngineConfig, shapes: "Sequence[ShapeKey]") -> Any:
     from fluxcli.engine.engine import Engine
 
     say(f"loading {checkpoint.name} ({engine_config.dtype}) on {engine_config.device}")
-    return Engine(checkpoint, engine_config)
+    engine = Engine(checkpoint, engine_config, shapes)
+    if engine.memory.visiting_text:
+        say("T5 stays on the host and visits the GPU block by block: memory is short")
+    return engine
 
 
 def _settings(options: dict[str, Any]) -> tuple["Checkpoint", config.EngineConfig, config.RowDefaults]:

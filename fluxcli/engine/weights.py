@@ -1,6 +1,7 @@
 """The only reader of weight files: strict, by name. A missing, surplus or misshapen tensor is an error that says
 which, told before anything is copied."""
 
+import os
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -15,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fluxcli.checkpoints import Checkpoint, read_json
+from fluxcli.engine.streaming import Visitors
 from fluxcli.engine.transformer import Flux, FluxConfig
 from fluxcli.errors import ModelError
 
@@ -48,13 +50,50 @@ def load_transformer(checkpoint: Checkpoint, device: str, dtype: torch.dtype) ->
             yield model
 
 
-def load_part(checkpoint: Checkpoint, part: str, device: str, dtype: torch.dtype) -> Any:
+def load_part(checkpoint: Checkpoint, part: str, device: str, dtype: torch.dtype, visitors: str | None = None) -> Any:
     """A text encoder or the VAE: the class that model_index.json names, built on `device` and filled with the same
     strictness.
+
+    Args:
+        visitors: the name of a list of blocks that stay in host memory and visit the device while they run.
 
     Raises:
         ModelError: naming what is wrong with the config, the files or the tensors.
     """
+    directory = checkpoint.directory / part
+    library, model = _build(checkpoint, part, "cpu" if visitors else device, dtype)
+    if visitors:
+        blocks = model.get_submodule(visitors)
+        Visitors(blocks, device)
+        at_home = {id(parameter) for parameter in blocks.parameters()}
+        for tensor in (*model.parameters(), *model.buffers()):
+            if id(tensor) not in at_home:
+                tensor.data = tensor.data.to(device)
+    if checkpoint.random:
+        # Tied tensors appear once in parameters().
+        fill_random(((name, parameter.data) for name, parameter in model.named_parameters()), device)
+        return model
+    slots = model.state_dict()
+    # What the class computes itself, and what it says a checkpoint may hold beside its own.
+    computed = [re.escape(name) for name, _ in model.named_buffers() if name not in slots]
+    others = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    fill_from_files(slots.items(), directory, _STEMS[library], "|".join([*computed, *others]))
+    return model
+
+
+def size(checkpoint: Checkpoint, part: str, dtype: torch.dtype) -> int:
+    """Bytes of a part's parameters, counted on the class that its config builds, without memory for them."""
+    if part == "transformer":
+        config = FluxConfig.from_json(checkpoint.transformer)
+        with torch.device("meta"), _default_dtype(dtype):
+            model: nn.Module = Flux(config)
+    else:
+        _, model = _build(checkpoint, part, "meta", dtype)
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def _build(checkpoint: Checkpoint, part: str, device: str, dtype: torch.dtype) -> tuple[str, Any]:
+    """(library, model), with no values in its parameters."""
     directory = checkpoint.directory / part
     library, cls = _class_of(checkpoint, part)
     config = read_json(directory / "config.json")
@@ -71,16 +110,7 @@ def load_part(checkpoint: Checkpoint, part: str, device: str, dtype: torch.dtype
         for name, module in model.named_modules():
             if name.rpartition(".")[2] in (model._keep_in_fp32_modules or ()):
                 module.float()
-    if checkpoint.random:
-        # Tied tensors appear once in parameters().
-        fill_random(((name, parameter.data) for name, parameter in model.named_parameters()), device)
-        return model
-    slots = model.state_dict()
-    # What the class computes itself, and what it says a checkpoint may hold beside its own.
-    computed = [re.escape(name) for name, _ in model.named_buffers() if name not in slots]
-    others = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    fill_from_files(slots.items(), directory, _STEMS[library], "|".join([*computed, *others]))
-    return model
+    return library, model
 
 
 def fill_from_files(slots: Slots, directory: Path, stem: str, ignored: str = "") -> None:
@@ -147,12 +177,13 @@ def _copying(pairs: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
             *(each.view(-1).split(_PIECE // source.element_size()) for each in (target, source)), strict=True
         )
     ]
-    device = pairs[0][0].device
-    staged = device.type == "cuda"
-    # torch spreads a copy between host tensors over the cores itself.
-    with ThreadPoolExecutor(_READERS if staged else 1, "read") as readers:
-        staging = _Staging(device) if staged else None
-        copies = [readers.submit(staging.copy if staging else _copy, *piece) for piece in pieces]
+    device = next((target.device for target, _ in pairs if target.is_cuda), None)
+    staging = _Staging(device) if device else None
+    with ThreadPoolExecutor(min(_READERS, os.cpu_count() or 1), "read") as readers:
+        copies = [
+            readers.submit(staging.copy if staging and target.is_cuda else _copy, target, source)
+            for target, source in pieces
+        ]
         try:
             yield
             for each in copies:
@@ -164,7 +195,11 @@ def _copying(pairs: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
 
 
 def _copy(target: Tensor, source: Tensor) -> None:
-    target.copy_(source)
+    if target.dtype == source.dtype:
+        # numpy's copy is one thread's, without the interpreter lock; torch's would start threads of its own.
+        np.copyto(target.view(torch.uint8).numpy(), source.view(torch.uint8).numpy())
+    else:
+        target.copy_(source)
 
 
 class _Staging:
@@ -188,11 +223,9 @@ class _Staging:
         own.buffers.reverse()
         buffer, travelled = own.buffers[0]
         travelled.synchronize()
-        staged = buffer[: source.nbytes]
-        # numpy's copy is one thread's, without the interpreter lock; torch's would start threads of its own.
-        np.copyto(staged.numpy(), source.view(torch.uint8).numpy())
+        arrived = buffer[: source.nbytes].view(source.dtype)
+        _copy(arrived, source)
         with torch.cuda.stream(own.stream):
-            arrived = staged.view(source.dtype)
             if source.dtype != target.dtype:
                 arrived = arrived.to(self._device, non_blocking=True)
             target.copy_(arrived, non_blocking=True)
@@ -204,16 +237,18 @@ class _Staging:
 
 
 def fill_random(slots: Slots, device: str) -> None:
-    """Seeded values, made on the device, of a size that keeps activations finite through every block: matrices with the
-    variance of their fan-in, norm weights of one, small biases."""
+    """Seeded values, made on `device` wherever the slots are, of a size that keeps activations finite through every
+    block: matrices with the variance of their fan-in, norm weights of one, small biases."""
     generator = torch.Generator(device).manual_seed(RANDOM_SEED)
     for name, slot in slots:
+        drawn = torch.empty_like(slot, device=device)
         if slot.ndim > 1:
-            slot.normal_(0, slot[0].numel() ** -0.5, generator=generator)
+            drawn.normal_(0, slot[0].numel() ** -0.5, generator=generator)
         elif name.endswith("bias"):
-            slot.normal_(0, 0.02, generator=generator)
+            drawn.normal_(0, 0.02, generator=generator)
         else:
-            slot.fill_(1)
+            drawn.fill_(1)
+        slot.copy_(drawn)
 
 
 def _class_of(checkpoint: Checkpoint, part: str) -> tuple[str, Any]:

@@ -21,6 +21,7 @@ from fluxcli.job.progress import Progress
 from fluxcli.job.prompts import PromptFile
 from fluxcli.job.runner import Engine, Runner, Stopped
 from fluxcli.job.store import JobStore, check_identity, committed_status, read_committed, read_failed
+from fluxcli.records import ShapeKey
 from fluxcli.tokenizers import Tokenizers
 
 
@@ -107,11 +108,12 @@ class Job:
         return plan(intake.groups, self.batch_size, padded_sizes(self.batch_size) if self.engine.pads_batches else None)
 
     def run(
-        self, make_engine: Callable[[], Engine], machine: dict[str, Any], say: Callable[[str], None]
+        self, make_engine: Callable[[list[ShapeKey]], Engine], machine: dict[str, Any], say: Callable[[str], None]
     ) -> tuple[int, dict[str, Any]]:
         """Does what is missing. Returns the exit code and the run's totals.
 
         Args:
+            make_engine: given every shape that it will have to run.
             machine: device, dtype and versions for runs.jsonl.
 
         Raises:
@@ -125,11 +127,12 @@ class Job:
                 skipped = 0 if self.retry_failed else intake.drop(store.failed_before)
                 for line in report.failure_lines(intake.failures):
                     say(line)
-                runner = Runner(store, intake, self.plan(intake), self.image, self.checkpoint.name, self.max_failures)
+                todo = self.plan(intake)
+                runner = Runner(store, intake, todo, self.image, self.checkpoint.name, self.max_failures)
                 status = 1
                 try:
                     with Progress(len(intake.groups)) as progress:
-                        runner.run(make_engine, progress)
+                        runner.run(lambda: make_engine(todo.shapes()), progress)
                     status = 3 if runner.totals.failures or skipped else 0
                 except Stopped as stop:
                     status = stop.exit_code
