@@ -129,6 +129,9 @@ class _Finite(click.ParamType):  # type: ignore[type-arg,unused-ignore]
         return number
 
 
+_FILE = click.Path(dir_okay=False, path_type=Path)
+
+
 def _verbose(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     if value:
         ctx.meta["fluxcli.verbose"] = True
@@ -354,17 +357,29 @@ def batch(
 @cli.command()
 @click.argument("input", type=click.Path(exists=True, dir_okay=False, allow_dash=True), required=False)
 @click.option("--size", "sizes", type=_Size(), multiple=True, help="Instead of INPUT; may be given several times.")
+@click.option("--export", type=_FILE, help="Write what these shapes need to FILE, for machines like this one.")
+@click.option(
+    "--import", "import_", type=_FILE, help="Fill the cache from such a FILE, from a source you trust: it holds code."
+)
 @_batch_size
 @_row_options
 @_engine_options
 @_json
 @_verbosity
-def warmup(input: str | None, sizes: Sequence[tuple[int, int]], batch_size: int, as_json: bool, **options: Any) -> None:
+def warmup(
+    input: str | None,
+    sizes: Sequence[tuple[int, int]],
+    export: Path | None,
+    import_: Path | None,
+    batch_size: int,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Compile and cache what the shapes of INPUT, or of the given sizes, need.
 
-    A later batch on the same shapes compiles nothing.
+    A later batch on the same shapes compiles nothing. With --import and neither INPUT nor --size nothing is compiled.
     """
-    from fluxcli.engine import cache
+    from fluxcli.engine import cache, portable
     from fluxcli.job.job import Job
     from fluxcli.job.prompts import PromptFile
     from fluxcli.records import ShapeKey, WarmUp
@@ -372,6 +387,15 @@ def warmup(input: str | None, sizes: Sequence[tuple[int, int]], batch_size: int,
     if input is not None and sizes:
         raise click.UsageError("give INPUT or --size, not both")
     checkpoint, engine_config, defaults = _settings(options)
+    if export is not None:
+        portable.check_export(export)
+    if import_ is not None:
+        entries = portable.import_(cache.CompileCache(checkpoint, engine_config), import_)
+        say(f"{import_}: {entries} entries; cache: {cache.root()}")
+        if input is None and not sizes and export is None:
+            if as_json:
+                click.echo(json.dumps({"imported": entries, "cache": str(cache.root())}))
+            return
     lengths = options["text_lengths"]
     if input is not None:
         job = Job(input, Path(), checkpoint, engine_config, defaults, lengths, config.ImageFormat(), batch_size)
@@ -389,6 +413,9 @@ def warmup(input: str | None, sizes: Sequence[tuple[int, int]], batch_size: int,
     shapes = engine.warm_up(keys, tell)
     seconds = time.perf_counter() - start
     say(f"{len(shapes)} shapes in {seconds:.1f} s with the model's loading; cache: {cache.root()}")
+    if export is not None:
+        size = portable.export(cache.CompileCache(checkpoint, engine_config), export)
+        say(f"{export}: {size / 1e6:.1f} MB")
     if as_json:
         rows = [
             {**one.key._asdict(), "seconds": round(one.seconds, 3), "state": one.state, "attention": one.attention}
