@@ -17,13 +17,12 @@ from fluxcli.engine.cache import CompileCache, compile_counts
 from fluxcli.engine.device import DTYPES
 from fluxcli.engine.graphs import StepGraph
 from fluxcli.engine.ops import rope
-from fluxcli.engine.text import TextEncoders
+from fluxcli.engine.text import EmbeddingCache, TextEncoders
 from fluxcli.engine.transformer import ROPE_THETA, Rope
 from fluxcli.engine.vae import Decoder
 from fluxcli.engine.weights import load_transformer
 from fluxcli.errors import DeviceError, OutOfMemory
 from fluxcli.records import Batch, Pictures, PromptRecord, ShapeKey, Timing, WarmUp
-from fluxcli.tokenizers import Tokenizers
 
 
 @dataclass
@@ -55,15 +54,15 @@ class Engine:
             torch.cuda.set_device(self._device)
             self._copies = torch.cuda.Stream()
             self._pool = torch.cuda.graph_pool_handle()
-        self._tokenizers = Tokenizers(checkpoint.tokenizers)
         self._schedule = sampling.Schedule(checkpoint.directory / "scheduler")
         self.memory = memory.plan(checkpoint, config, shapes)
         with load_transformer(checkpoint, self._device, self._dtype) as self._flux:  # its weights are read meanwhile
             self._text = TextEncoders(checkpoint, self._device, self._dtype, self.memory.visiting_text)
             self._decoder = Decoder(checkpoint, self._device, self._dtype, config.compile)
+        self._embeddings = EmbeddingCache()
         self._channels = self._flux.config.in_channels // sampling.PATCH**2
         self._prepared: dict[ShapeKey, _Prepared] = {}
-        if config.compile:
+        if config.compile and not self._cuda:  # on CUDA the blocks are made of fused kernels already
             _compile_blocks(self._flux.transformer_blocks, self._flux.single_transformer_blocks)
 
     @property
@@ -115,10 +114,15 @@ class Engine:
         return InFlight(batch, *self._to_host(pixels, finite), clock)
 
     def _encode(self, key: ShapeKey, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        t5_ids = self._upload(torch.tensor(self._tokenizers.t5(prompts, key.text_length)))
-        clip_ids = self._upload(torch.tensor(self._tokenizers.clip(prompts)))
-        txt, vec = self._text(t5_ids, clip_ids)
-        return self._flux.embed_text(txt.to(self._dtype)), vec.to(self._dtype)
+        """(txt [B, L, D], vec [B, width]); prompts that were encoded lately are not encoded again."""
+        found = {prompt: self._embeddings.get(prompt, key.text_length) for prompt in prompts}
+        missing = [prompt for prompt, embedding in found.items() if embedding is None]
+        for prompt, (txt, vec) in self._text(missing, key.text_length):
+            embedding = (self._flux.embed_text(txt), vec.clone())  # their memory is the graph's
+            self._embeddings.put(prompt, key.text_length, embedding)
+            found[prompt] = embedding
+        txts, vecs = zip(*(found[prompt] for prompt in prompts), strict=True)
+        return torch.stack(txts), torch.stack(vecs)
 
     def _denoise(
         self, batch: Batch, records: Sequence[PromptRecord], txt: Tensor, vec: Tensor, prepared: _Prepared
@@ -161,6 +165,8 @@ class Engine:
     def _rehearse(self, key: ShapeKey, prepared: _Prepared) -> None:
         """Runs every stage at this shape once, so that all compiling is over, and captures the step."""
         height, width = self._latent_size(key)
+        if self._cuda:
+            self._text.capture(key.text_length, self._pool)
         txt, vec = self._encode(key, ["a prompt"] * key.batch_size)
         img = self._upload(sampling.stack_noise(range(key.batch_size), self._channels, height, width, self._dtype))
         guidance = torch.ones(key.batch_size, device=self._device) if self._flux.config.guidance_embeds else None

@@ -23,6 +23,7 @@ import torch
 from fluxcli.checkpoints import Checkpoint, read_json
 from fluxcli.config import EngineConfig
 from fluxcli.engine.device import DTYPES
+from fluxcli.engine.text import TEXT_BATCH
 from fluxcli.engine.transformer import FluxConfig
 from fluxcli.engine.vae import chunk_size
 from fluxcli.engine.weights import size
@@ -34,7 +35,7 @@ MODULATION_ROWS = 512
 _TOKEN = 24
 _TEXT = 4
 _PIXEL = 1400  # per byte of the dtype: 2.8 kB in bfloat16
-_CONTEXT = 2**29  # libraries' workspaces and the allocator's rounding
+_CONTEXT = 3 * 2**28  # the embeddings kept, libraries' workspaces, the allocator's rounding
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Needs:
 
     def _passing(self, key: ShapeKey) -> int:
         modulations = MODULATION_ROWS * self._flux.modulations * self._flux.inner_dim * self._width
-        text_tokens = key.batch_size * key.text_length
+        text_tokens = TEXT_BATCH * key.text_length
         scores = text_tokens * key.text_length * self._t5["num_heads"] * (4 + self._width)
         encode = text_tokens * self._t5["d_ff"] * _TEXT * self._width + scores
         pixels = key.height * key.width

@@ -105,7 +105,8 @@ class Job:
         return self.plan(self._take_in(source, lambda record: None))
 
     def plan(self, intake: Intake) -> Plan:
-        return plan(intake.groups, self.batch_size, padded_sizes(self.batch_size) if self.engine.pads_batches else None)
+        sizes = padded_sizes(self.batch_size) if self.engine.pads_batches else None
+        return plan(intake.groups, self.batch_size, sizes, intake.prompts)
 
     def run(
         self, make_engine: Callable[[list[ShapeKey]], Engine], machine: dict[str, Any], say: Callable[[str], None]

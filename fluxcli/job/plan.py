@@ -48,13 +48,20 @@ def padded_sizes(batch_size: int) -> tuple[int, ...]:
     return (*sizes, batch_size)
 
 
-def plan(groups: Iterable[Group], batch_size: int, sizes: Sequence[int] | None = None) -> Plan:
+def plan(
+    groups: Iterable[Group],
+    batch_size: int,
+    sizes: Sequence[int] | None = None,
+    prompts: Sequence[int] | None = None,
+) -> Plan:
     """Batches of at most `batch_size` rows of one group each, largest shapes first, rows in input order within a group.
 
     Args:
         groups: each row's group, in input order.
         sizes: the sizes a batch may run at, ascending and ending in `batch_size`; a short last batch is padded up to
             the nearest. None runs every batch at its own size.
+        prompts: each row's prompt, as the number of the first row that has it. Rows of one prompt then follow each
+            other, so that the engine encodes it once.
     """
     rows_of: dict[Group, array[int]] = {}
     for row, group in enumerate(groups):
@@ -62,6 +69,8 @@ def plan(groups: Iterable[Group], batch_size: int, sizes: Sequence[int] | None =
     batches = []
     for group in sorted(rows_of, key=_work, reverse=True):
         rows = rows_of[group]
+        if prompts is not None:
+            rows = array("q", sorted(rows, key=prompts.__getitem__))
         for start in range(0, len(rows), batch_size):
             part = rows[start : start + batch_size]
             key = ShapeKey(_size(len(part), sizes), group.height, group.width, group.text_length)

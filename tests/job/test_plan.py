@@ -111,3 +111,13 @@ def test_a_bucket_is_the_smallest_that_holds_the_prompt_else_the_largest(tokens:
 def test_no_rows_make_no_batches() -> None:
     assert len(plan([], 8)) == 0
     assert plan([], 8).shapes() == []
+
+
+@given(_inputs, _batch_sizes, st.data())
+def test_rows_of_one_prompt_follow_each_other(groups: list[Group], batch_size: int, data: st.DataObject) -> None:
+    drawn = [data.draw(st.integers(0, 5)) for _ in groups]
+    first = [drawn.index(prompt) for prompt in drawn]
+    order = [row for batch in plan(groups, batch_size, prompts=first) for row in batch.rows]
+    assert sorted(order) == list(range(len(groups)))
+    runs = [key for key, _ in itertools.groupby((groups[row], first[row]) for row in order)]
+    assert len(runs) == len(set(runs))
