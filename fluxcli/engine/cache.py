@@ -31,6 +31,8 @@ class CompileCache:
         self.directory = root() / "compile" / folder / self.environment["architecture"]
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(self.directory / "inductor")
         os.environ["TRITON_CACHE_DIR"] = str(self.directory / "triton")
+        if gpu:
+            _listen_to_triton()
 
     def attention(self, shape: str) -> str | None:
         """The backend an earlier process measured to be fastest at `shape`; asked for again, so that its compiled code
@@ -62,13 +64,28 @@ def root() -> Path:
 
 
 def compile_counts() -> Counter[str]:
-    """What this process compiled so far: `graphs` traced by Dynamo, and of those `misses` that no cache held."""
+    """What this process compiled so far: `graphs` traced by Dynamo and kernels made ready by Triton, and of those
+    `misses` that no cache held."""
     from torch._dynamo.utils import counters
 
-    return Counter(
+    traced = Counter(
         graphs=counters["stats"]["unique_graphs"],
         misses=counters["inductor"]["fxgraph_cache_miss"] + counters["inductor"]["fxgraph_cache_bypass"],
     )
+    return traced + _kernels
+
+
+_kernels: Counter[str] = Counter()
+
+
+def _listen_to_triton() -> None:
+    from triton import knobs
+
+    knobs.compilation.listener = _count_kernel
+
+
+def _count_kernel(*, cache_hit: bool, **about: Any) -> None:
+    _kernels.update(graphs=1, misses=0 if cache_hit else 1)
 
 
 def _environment(checkpoint: Checkpoint, config: EngineConfig) -> dict[str, Any]:
