@@ -37,7 +37,7 @@ class CompileCache:
     def attention(self, shape: str) -> str | None:
         """The backend an earlier process measured to be fastest at `shape`; asked for again, so that its compiled code
         is found again too."""
-        return self._read("attention.json").get(shape)
+        return self.read("attention.json").get(shape)
 
     def remember_attention(self, shape: str, backend: str) -> None:
         self.add("attention.json", {shape: backend})
@@ -46,10 +46,11 @@ class CompileCache:
         """Measured choices, into the file `name` of the folder; they replace those of the same keys."""
         self.directory.mkdir(parents=True, exist_ok=True)
         temporary = self.directory / f"{name}.{os.getpid()}"
-        temporary.write_text(json.dumps({**self._read(name), **choices}, indent=1))
+        temporary.write_text(json.dumps({**self.read(name), **choices}, indent=1))
         temporary.replace(self.directory / name)
 
-    def _read(self, name: str) -> dict[str, Any]:
+    def read(self, name: str) -> dict[str, Any]:
+        """The choices in a file of the folder; none where it is not there."""
         try:
             return dict(json.loads((self.directory / name).read_text()))
         except (OSError, ValueError, TypeError):

@@ -16,7 +16,7 @@ from fluxcli.errors import InputError, JobError
 from fluxcli.job import report
 from fluxcli.job.intake import Intake, Status, take_in
 from fluxcli.job.lock import utc_now
-from fluxcli.job.plan import Plan, padded_sizes, plan
+from fluxcli.job.plan import BatchSize, Plan, padded_sizes, plan, size_of
 from fluxcli.job.progress import Progress
 from fluxcli.job.prompts import PromptFile
 from fluxcli.job.runner import Engine, Runner, Stopped
@@ -36,7 +36,7 @@ class Job:
     defaults: RowDefaults
     text_lengths: tuple[int, ...]
     image: ImageFormat
-    batch_size: int
+    batch_size: BatchSize
     limit: int | None = None
     strict: bool = False
     max_failures: int | None = None
@@ -105,8 +105,9 @@ class Job:
         return self.plan(self._take_in(source, lambda record: None))
 
     def plan(self, intake: Intake) -> Plan:
-        sizes = padded_sizes(self.batch_size) if self.engine.pads_batches else None
-        return plan(intake.groups, self.batch_size, sizes, intake.prompts)
+        sizes_of = {group: size_of(self.batch_size, group) for group in set(intake.groups)}
+        sizes = padded_sizes(max(sizes_of.values(), default=1)) if self.engine.pads_batches else None
+        return plan(intake.groups, sizes_of.__getitem__, sizes, intake.prompts)
 
     def run(
         self, make_engine: Callable[[list[ShapeKey]], Engine], machine: dict[str, Any], say: Callable[[str], None]

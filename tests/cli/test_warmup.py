@@ -1,6 +1,7 @@
 """`fluxcli warmup`: the shapes of an input, or of given sizes, made ready and reported."""
 
 import json
+import os
 import time
 import zipfile
 from collections.abc import Callable
@@ -193,16 +194,23 @@ def test_another_dtype_is_refused(exported: Path, inside) -> None:
     assert "dtype float32 there and bfloat16 here" in done.stderr
 
 
-@pytest.mark.slow
-def test_after_an_import_nothing_is_compiled(command, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "device", [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=pytest.mark.gpu)]
+)
+def test_after_an_import_nothing_is_compiled(device: str, command, tmp_path: Path) -> None:
+    visible = {} if device == "cpu" else {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0")}
+
     def warmup(home: str, *options: object) -> list[str]:
-        environment = {"FLUXCLI_CACHE": str(tmp_path / home)}
-        result = command("warmup", *ONE, "--compile", "--json", *options, cwd=tmp_path, env=environment)
+        environment = {"FLUXCLI_CACHE": str(tmp_path / home), **visible}
+        options = (*ONE, "--compile", "--device", device, "--json", *options)
+        result = command("warmup", *options, cwd=tmp_path, env=environment)
         assert result.returncode == 0, result.stderr
         return [shape["state"] for shape in result.json["shapes"]]
+
+    def built(home: str) -> set[str]:
+        return {name for name in files(tmp_path / home) if name.endswith((".so", ".cubin"))}
 
     assert warmup("there", "--export", "cache.zip") == ["cold"]
     (tmp_path / "there").rename(tmp_path / "gone")
     assert warmup("here", "--import", "cache.zip") == ["cached"]
-    built = {name for name in files(tmp_path / "here") if name.endswith(".so")}
-    assert built == {name for name in files(tmp_path / "gone") if name.endswith(".so")}
+    assert built("here") == built("gone") != set()

@@ -1,5 +1,5 @@
-"""What counts as compiled: Triton's kernels, which a process without a GPU can compile for one, and the caches that they
-come from."""
+"""What counts as compiled: Triton's kernels, which a process without a GPU can compile for one, and the caches that
+they come from."""
 
 import json
 import os
