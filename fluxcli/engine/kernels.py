@@ -121,20 +121,21 @@ def _channel_moments(
     first = chunk * CHUNK
     base = x + (batch.to(tl.int64) * pixels + first) * channels + column
     pivot = tl.load(base, mask=known, other=0.0).to(tl.float32)
-    total, squares = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    totals, squares = tl.zeros((ROWS, BLOCK), tl.float32), tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(0, CHUNK, ROWS):
         row = start + tl.arange(0, ROWS)[:, None]
         mask = (first + row < pixels) & known[None]
         value = tl.load(base[None] + row * channels, mask=mask, other=0.0).to(tl.float32)
         value = tl.where(mask, value - pivot[None], 0.0)
-        total += tl.sum(value, axis=0)
-        squares += tl.sum(value * value, axis=0)
+        totals += value  # summed over rows once, at the end: that is the costly part
+        squares += value * value
+    total = tl.sum(totals, axis=0)
     average = total / tl.minimum(CHUNK, pixels - first)
     if BEFORE:
         pivot += tl.load(before + column, mask=known, other=0.0).to(tl.float32)
     own = (batch * chunks + chunk) * channels + column
     tl.store(mean + own, average + pivot, mask=known)
-    tl.store(m2 + own, squares - total * average, mask=known)
+    tl.store(m2 + own, tl.sum(squares, axis=0) - total * average, mask=known)
 
 
 @triton.jit
@@ -203,7 +204,7 @@ def group_norm_silu(
     rows = max(1, 4096 // block)
     _channel_moments[(chunks, batch)](
         x, given, mean, m2, pixels, channels, chunks,
-        CHUNK=chunk, ROWS=min(rows, chunk), BLOCK=block, BEFORE=before is not None,
+        CHUNK=chunk, ROWS=min(max(1, rows // 2), chunk), BLOCK=block, BEFORE=before is not None,
     )  # fmt: skip
     _group_moments[(groups, batch)](
         mean, m2, group_mean, group_rstd, pixels, channels, chunks, channels // groups, groups, eps,

@@ -64,6 +64,20 @@ class FusedResnet(nn.Module):
         return add_biased(x if self.conv_shortcut is None else self.conv_shortcut(x), h, self.conv2.bias)
 
 
+class FusedUpsample(nn.Module):
+    """An Upsample2D of diffusers, nearest neighbour and a convolution, with the same weights; torch's own kernel for the
+    former is slow channels-last."""
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self.conv = block.conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, channels, height, width = x.shape
+        nhwc = x.permute(0, 2, 3, 1)[:, :, None, :, None].expand(batch, height, 2, width, 2, channels)
+        return self.conv(nhwc.reshape(batch, 2 * height, 2 * width, channels).permute(0, 3, 1, 2))
+
+
 class NormSiLU(nn.Module):
     def __init__(self, norm: nn.GroupNorm) -> None:
         super().__init__()
@@ -76,11 +90,14 @@ class NormSiLU(nn.Module):
 def fuse(decoder: Any) -> None:
     """Puts the fused blocks into diffusers' decoder, wherever a block is of the plain kind that FLUX.1 has."""
     from diffusers.models.resnet import ResnetBlock2D
+    from diffusers.models.upsampling import Upsample2D
 
     for parent in list(decoder.modules()):
         for name, block in list(parent.named_children()):
             if isinstance(block, ResnetBlock2D) and _is_plain(block):
                 setattr(parent, name, FusedResnet(block))
+            if isinstance(block, Upsample2D) and block.norm is None and block.use_conv and block.name == "conv":
+                setattr(parent, name, FusedUpsample(block))
     if isinstance(decoder.conv_norm_out, nn.GroupNorm) and isinstance(decoder.conv_act, nn.SiLU):
         decoder.conv_norm_out, decoder.conv_act = NormSiLU(decoder.conv_norm_out), nn.Identity()
 
