@@ -280,7 +280,7 @@ def _device_faults(key: ShapeKey) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         torch.cuda.empty_cache()
-        raise OutOfMemory(f"the device has no memory for {key}") from error
+        raise OutOfMemory(_no_memory("device", key)) from error
     except torch.AcceleratorError as error:
         reason = str(error).strip().splitlines()[0]
         raise DeviceError(
@@ -288,8 +288,13 @@ def _device_faults(key: ShapeKey) -> Iterator[None]:
         ) from error
     except RuntimeError as error:
         if "can't allocate memory" in str(error):  # how torch says it on a CPU
-            raise OutOfMemory(f"the machine has no memory for {key}") from error
+            raise OutOfMemory(_no_memory("machine", key)) from error
         raise
+
+
+def _no_memory(where: str, key: ShapeKey) -> str:
+    advice = "a smaller --batch-size needs less" if key.batch_size > 1 else "smaller pictures need less"
+    return f"the {where} has no memory for {key}; {advice}"
 
 
 def _compile_blocks(*stacks: torch.nn.ModuleList) -> None:

@@ -112,8 +112,8 @@ def plan(
 
 
 def free(device: str) -> int:
-    """Bytes that this process may still take of a GPU: what is free, within the share that
-    `torch.cuda.set_per_process_memory_fraction` or PYTORCH_CUDA_ALLOC_CONF allows it."""
+    """Bytes that this process may still take of a GPU: what is free, within the share that torch allows it
+    (`torch.cuda.set_per_process_memory_fraction`)."""
     free, total = torch.cuda.mem_get_info(device)
     held = torch.cuda.memory_reserved(device)
     share = int(total * torch.cuda.get_per_process_memory_fraction(device)) - held

@@ -13,13 +13,15 @@ from typing import Any
 import torch
 
 from fluxcli import __version__
-from fluxcli.engine.cache import CompileCache
+from fluxcli.engine.cache import CompileCache, root
 from fluxcli.errors import CacheError
 
 _FORMAT = "fluxcli compile cache 1"
 _HEADER, _ARTIFACTS, _FILES = "header.json", "torch.bin", "files/"
-# Beside torch's artifacts: measured choices, Triton's cache (our own kernels), libraries compiled for a CPU.
+# Beside torch's artifacts: measured choices, Triton's cache (our own kernels), libraries compiled for a CPU; and, for
+# all architectures together, FlashAttention-4's.
 _LEFT_OUT = ("*.json", "triton/*/*", "inductor/**/*.so")
+_SHARED = "flash-attn-4/**/*"
 _GROUP = "__grp__"  # begins the names of Triton's files that list others, by absolute path
 
 
@@ -38,7 +40,7 @@ def export(cache: CompileCache, file: Path) -> int:
         CacheError: there is nothing to write, or no way to write it.
     """
     artifacts = torch.compiler.save_cache_artifacts()
-    paths = sorted({path for pattern in _LEFT_OUT for path in cache.directory.glob(pattern) if path.is_file()})
+    paths = sorted(path for path in _left_out(cache) if path.is_file())
     if artifacts is None and not paths:
         raise CacheError(f"--export {file}: nothing was compiled, so there is nothing to carry; --compile?")
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
@@ -47,8 +49,8 @@ def export(cache: CompileCache, file: Path) -> int:
             archive.writestr(_HEADER, json.dumps(_header(cache), indent=1))
             archive.writestr(_ARTIFACTS, artifacts[0] if artifacts else b"")
             for path in paths:
-                data = _listing(path, path.read_bytes(), lambda listed: os.path.relpath(listed, cache.directory))
-                archive.writestr(_FILES + path.relative_to(cache.directory).as_posix(), data)
+                data = _listing(path, path.read_bytes(), lambda listed: os.path.relpath(listed, root()))
+                archive.writestr(_FILES + path.relative_to(root()).as_posix(), data)
         check_export(file)
         temporary.replace(file)
     except OSError as error:
@@ -76,7 +78,7 @@ def import_(cache: CompileCache, file: Path) -> int:
     if differing := [name for name in here if header.get(name) != here[name]]:
         reasons = ", ".join(f"{name} {header.get(name)} there and {here[name]} here" for name in differing)
         raise CacheError(f"--import {file}: made for something else: {reasons}")
-    targets = {name: _target(cache, file, name) for name in contents}
+    targets = {name: _target(file, name) for name in contents}
     logging.getLogger("torch.compiler._cache").setLevel(logging.CRITICAL)  # it would show a traceback; we say it below
     loaded = torch.compiler.load_cache_artifacts(artifacts) if artifacts else None
     if artifacts and loaded is None:
@@ -86,7 +88,7 @@ def import_(cache: CompileCache, file: Path) -> int:
             if target.parent == cache.directory:
                 cache.add(target.name, json.loads(contents[name]))
             else:
-                data = _listing(target, contents[name], lambda listed: str(cache.directory / listed))
+                data = _listing(target, contents[name], lambda listed: str(root() / listed))
                 target.parent.mkdir(parents=True, exist_ok=True)
                 temporary = target.with_name(f"{target.name}.{os.getpid()}")
                 temporary.write_bytes(data)
@@ -100,11 +102,17 @@ def _header(cache: CompileCache) -> dict[str, Any]:
     return {"format": _FORMAT, "fluxcli": __version__, **cache.environment}
 
 
-def _target(cache: CompileCache, file: Path, name: str) -> Path:
+def _left_out(cache: CompileCache) -> set[Path]:
+    own = {path for pattern in _LEFT_OUT for path in cache.directory.glob(pattern)}
+    return own | set(root().glob(_SHARED))
+
+
+def _target(file: Path, name: str) -> Path:
+    """Equal headers mean equal folders below the root."""
     inner = PurePosixPath(name.removeprefix(_FILES))
     if not name.startswith(_FILES) or inner.is_absolute() or ".." in inner.parts:
         raise CacheError(f"--import {file}: {name} in it has no place in a cache")
-    return cache.directory / inner
+    return root() / inner
 
 
 def _listing(path: Path, data: bytes, moved: Callable[[str], str]) -> bytes:

@@ -86,6 +86,8 @@ def fill(made: CompileCache) -> None:
     (kernel / "gelu.cubin").write_bytes(bytes(range(256)))
     listed = {"child_paths": {"gelu.cubin": str(kernel / "gelu.cubin")}}
     (kernel / "__grp__gelu.json").write_text(json.dumps(listed))
+    (made.directory.parents[2] / "flash-attn-4").mkdir()
+    (made.directory.parents[2] / "flash-attn-4" / "forward.o").write_bytes(b"forward")
     made.add("attention.json", {"1x128x2x32": "sdpa", "2x128x2x32": "sdpa"})
 
 
@@ -102,14 +104,15 @@ def test_a_cache_arrives_whole_elsewhere(exported: Path, inside, tmp_path: Path,
     here.add("attention.json", {"2x128x2x32": "fa4", "4x128x2x32": "fa4"})
     done = inside("warmup", "-m", "tiny", "--import", exported, "--json")
     assert done.returncode == 0, done.stderr
-    assert done.json["imported"] == 3
+    assert done.json["imported"] == 4
     kernel = here.directory / "triton" / "KEY"
     assert (kernel / "gelu.cubin").read_bytes() == bytes(range(256))
     listed = json.loads((kernel / "__grp__gelu.json").read_text())
     assert listed == {"child_paths": {"gelu.cubin": str(kernel / "gelu.cubin")}}
     choices = {name: here.attention(f"{name}x128x2x32") for name in "124"}
     assert choices == {"1": "sdpa", "2": "sdpa", "4": "fa4"}
-    assert len(files(tmp_path / "here")) == 3
+    assert files(tmp_path / "here")["flash-attn-4/forward.o"] == b"forward"
+    assert len(files(tmp_path / "here")) == 4
 
 
 def test_a_file_that_exists_is_not_overwritten(exported: Path, inside) -> None:
@@ -151,7 +154,7 @@ def elsewhere(file: Path, **header: object) -> None:
 
 def scratched(file: Path) -> None:
     data = bytearray(file.read_bytes())
-    middle = data.index(b"files/triton") + 60
+    middle = data.index(b"gelu.cubin") + 40
     data[middle] ^= 0xFF
     file.write_bytes(data)
 
