@@ -144,20 +144,34 @@ def on_the_gpu(shapes: list[ShapeKey], compile: bool | None = None) -> Engine:
     return Engine(resolve("random:flux-dev"), resolve_device("cuda", "bfloat16", compile, "auto"), shapes)
 
 
+def run_one(engine: Engine, key: ShapeKey) -> int:
+    """A batch from warming up to its pictures; the most bytes that were allocated."""
+    torch.cuda.reset_peak_memory_stats()
+    engine.warm_up([key])
+    rows = records(DEV, key.batch_size, key.width, key.height, key.text_length, steps=2)
+    assert all(engine.submit(Batch(0, key, 2, rows)).result().finite)
+    return torch.cuda.max_memory_allocated()
+
+
 @on_gpu
 @pytest.mark.parametrize("key", [ONE._replace(text_length=128), EIGHT], ids=str)
 def test_flux_runs_within_40_gb(key: ShapeKey, gigabytes) -> None:
     gigabytes(40)
     engine = on_the_gpu([key])
     assert engine.memory.visiting_text == (key.batch_size > 1)
-    torch.cuda.reset_peak_memory_stats()
-    engine.warm_up([key])
-    rows = records(DEV, key.batch_size, key.width, key.height, key.text_length, steps=2)
-    pictures = engine.submit(Batch(0, key, 2, rows)).result()
-    assert all(pictures.finite)
-    peak = torch.cuda.max_memory_allocated()
+    peak = run_one(engine, key)
     print(f"{key}: planned {engine.memory.needed / 1e9:.2f} GB, peak {peak / 1e9:.2f} GB")
     assert 0.8 * engine.memory.needed < peak < engine.memory.needed
+
+
+@on_gpu
+@pytest.mark.parametrize("visiting", [False, True])
+def test_what_is_planned_is_enough(visiting: bool, gigabytes) -> None:
+    needs = flux()
+    gigabytes((needs.weights(visiting) + needs.shapes([EIGHT])) / 1e9 + 0.1)
+    engine = on_the_gpu([EIGHT])
+    assert engine.memory.visiting_text == visiting
+    run_one(engine, EIGHT)
 
 
 @on_gpu
