@@ -85,19 +85,42 @@ def test_clips_names_may_have_their_old_level_and_its_computed_positions(tmp_pat
         assert torch.equal(made(ids).pooler_output, reference(ids).pooler_output)
 
 
-def test_the_transformers_tensors_are_those_of_its_files_whatever_the_pieces(tmp_path: Path, monkeypatch) -> None:
-    model = build(tmp_path / "model", DEV, dtype=torch.bfloat16, shard_size="200KB")
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")]
+    ),
+]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+def test_the_transformers_tensors_are_those_of_its_files_whatever_the_pieces(
+    device: str, stored: torch.dtype, tmp_path: Path, monkeypatch
+) -> None:
+    model = build(tmp_path / "model", DEV, dtype=stored, shard_size="200KB")
     expected: dict[str, torch.Tensor] = {}
     for file in (model / "transformer").glob("*.safetensors"):
         expected |= load_file(file)
     for piece in (1000, 2**24):
         monkeypatch.setattr(weights, "_PIECE", piece)
-        with weights.load_transformer(resolve(str(model)), "cpu", torch.float32) as flux:
+        with weights.load_transformer(resolve(str(model)), device, torch.bfloat16) as flux:
             pass
         made = dict(flux.slots())
         assert made.keys() == expected.keys()
         for name, tensor in expected.items():
-            assert torch.equal(made[name], tensor.float()), name
+            assert torch.equal(made[name].cpu(), tensor.bfloat16()), name
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_part_whose_blocks_only_visit_has_the_same_tensors(device: str, pipeline) -> None:
+    checkpoint = resolve(str(pipeline(DEV)))
+    visiting = weights.load_part(checkpoint, "text_encoder_2", device, torch.float32, "encoder.block")
+    theirs = from_pretrained(pipeline(DEV), "text_encoder_2", torch.float32)
+    for name, tensor in theirs.state_dict().items():
+        made = visiting.state_dict()[name]
+        assert made.device.type == ("cpu" if ".block." in name else device), name
+        assert torch.equal(made.cpu(), tensor), name
 
 
 def test_a_quantised_tensor_is_refused_by_name(tmp_path: Path) -> None:
