@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fluxcli.checkpoints import Checkpoint
 from fluxcli.config import EngineConfig
-from fluxcli.engine import attention, sampling
+from fluxcli.engine import attention, memory, sampling
 from fluxcli.engine.cache import CompileCache, compile_counts
 from fluxcli.engine.device import DTYPES
 from fluxcli.engine.graphs import StepGraph
@@ -23,9 +23,6 @@ from fluxcli.engine.vae import Decoder
 from fluxcli.engine.weights import load_transformer
 from fluxcli.errors import DeviceError, OutOfMemory
 from fluxcli.records import Batch, Pictures, PromptRecord, ShapeKey, Timing, WarmUp
-
-# Rows (steps x images) of modulations made at once: about 1 GB at FLUX.1's size, and all 28 steps of 16 images.
-_MODULATION_ROWS = 512
 
 
 @dataclass
@@ -38,9 +35,17 @@ class _Prepared:
 
 
 class Engine:
-    """Loads a checkpoint onto the configured device. Not thread-safe: one batch is submitted after the other."""
+    """Loads a checkpoint onto the configured device. Not thread-safe: one batch is submitted after the other.
 
-    def __init__(self, checkpoint: Checkpoint, config: EngineConfig) -> None:
+    Args:
+        shapes: what it will run, as far as that is known: what cannot fit is then said before anything is loaded.
+
+    Raises:
+        OutOfMemory: one picture does not fit beside the model.
+        ModelError: what is wrong with the checkpoint.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, config: EngineConfig, shapes: Sequence[ShapeKey] = ()) -> None:
         self.config = config
         self._device, self._dtype = config.device, DTYPES[config.dtype]
         self._cuda = self._device.startswith("cuda")
@@ -50,10 +55,11 @@ class Engine:
             self._copies = torch.cuda.Stream()
             self._pool = torch.cuda.graph_pool_handle()
         self._schedule = sampling.Schedule(checkpoint.directory / "scheduler")
-        self._text = TextEncoders(checkpoint, self._device, self._dtype)
+        self.memory = memory.plan(checkpoint, config, shapes)
+        with load_transformer(checkpoint, self._device, self._dtype) as self._flux:  # its weights are read meanwhile
+            self._text = TextEncoders(checkpoint, self._device, self._dtype, self.memory.visiting_text)
+            self._decoder = Decoder(checkpoint, self._device, self._dtype, config.compile)
         self._embeddings = EmbeddingCache()
-        self._flux = load_transformer(checkpoint, self._device, self._dtype)
-        self._decoder = Decoder(checkpoint, self._device, self._dtype, config.compile)
         self._channels = self._flux.config.in_channels // sampling.PATCH**2
         self._prepared: dict[ShapeKey, _Prepared] = {}
         if config.compile and not self._cuda:  # on CUDA the blocks are made of fused kernels already
@@ -139,7 +145,7 @@ class Engine:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Each step's (mod [B, modulations, D], dt []): all that tells one step from the next."""
         timesteps, sigmas = self._schedule(steps, image_tokens)
-        at_once = max(1, _MODULATION_ROWS // len(vec))
+        at_once = max(1, memory.MODULATION_ROWS // len(vec))
         parts = zip(self._upload(timesteps).split(at_once), self._upload(sigmas.diff()).split(at_once), strict=True)
         for part, dts in parts:
             yield from zip(self._flux.modulations(part, guidance, vec), dts, strict=True)
@@ -274,7 +280,7 @@ def _device_faults(key: ShapeKey) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         torch.cuda.empty_cache()
-        raise OutOfMemory(f"the device has no memory for {key}") from error
+        raise OutOfMemory(_no_memory("device", key)) from error
     except torch.AcceleratorError as error:
         reason = str(error).strip().splitlines()[0]
         raise DeviceError(
@@ -282,8 +288,13 @@ def _device_faults(key: ShapeKey) -> Iterator[None]:
         ) from error
     except RuntimeError as error:
         if "can't allocate memory" in str(error):  # how torch says it on a CPU
-            raise OutOfMemory(f"the machine has no memory for {key}") from error
+            raise OutOfMemory(_no_memory("machine", key)) from error
         raise
+
+
+def _no_memory(where: str, key: ShapeKey) -> str:
+    advice = "a smaller --batch-size needs less" if key.batch_size > 1 else "smaller pictures need less"
+    return f"the {where} has no memory for {key}; {advice}"
 
 
 def _compile_blocks(*stacks: torch.nn.ModuleList) -> None:

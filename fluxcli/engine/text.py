@@ -24,11 +24,12 @@ class TextEncoders:
     On CUDA, `capture` records both for a text length as one graph.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: str, dtype: torch.dtype) -> None:
+    def __init__(self, checkpoint: Checkpoint, device: str, dtype: torch.dtype, visiting: bool = False) -> None:
+        """`visiting`: T5's blocks stay in host memory and come to the device one at a time."""
         self._device, self._dtype = device, dtype
         self._tokenizers = Tokenizers(checkpoint.tokenizers)
         self._clip = load_part(checkpoint, "text_encoder", device, dtype)
-        self._t5 = load_part(checkpoint, "text_encoder_2", device, dtype)
+        self._t5 = load_part(checkpoint, "text_encoder_2", device, dtype, "encoder.block" if visiting else None)
         self._graphs: dict[int, _TextGraph] = {}
 
     def capture(self, length: int, pool: tuple[int, int]) -> None:

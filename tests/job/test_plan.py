@@ -121,3 +121,11 @@ def test_rows_of_one_prompt_follow_each_other(groups: list[Group], batch_size: i
     assert sorted(order) == list(range(len(groups)))
     runs = [key for key, _ in itertools.groupby((groups[row], first[row]) for row in order)]
     assert len(runs) == len(set(runs))
+
+
+def test_each_group_may_have_its_own_batch_size() -> None:
+    small, large = Group(64, 64, 64, 4), Group(128, 128, 64, 4)
+    made = plan([small] * 10 + [large] * 3, {small: 8, large: 2}.__getitem__, (1, 2, 4, 8))
+    assert [(batch.key.height, batch.key.batch_size, len(batch.rows)) for batch in made] == [
+        (128, 2, 2), (128, 1, 1), (64, 8, 8), (64, 2, 2),
+    ]  # fmt: skip
