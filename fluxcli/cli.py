@@ -167,7 +167,11 @@ _engine_options = _options(
     click.option("--revision", help="Branch, tag or commit of a model from the hub."),
     click.option("--dtype", type=click.Choice(("auto", *config.DTYPES)), default="auto", show_default=True),
     click.option("--device", type=_Device(), default="auto", show_default=True),
-    click.option("--compile/--no-compile", default=None, help="Compile the model.  [default: on a GPU]"),
+    click.option(
+        "--compile/--no-compile",
+        default=None,
+        help="Prepare each shape: captured graphs on a GPU, torch.compile on a CPU.  [default: on a GPU]",
+    ),
     click.option("--attention", type=click.Choice(("auto", *config.ATTENTION)), default="auto", show_default=True),
     click.option(
         "--text-lengths",

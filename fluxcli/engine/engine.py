@@ -157,7 +157,7 @@ class Engine:
         ids = sampling.position_ids(key.text_length, height, width, self._device)
         pe = rope(ids, self._flux.config.axes_dims_rope, ROPE_THETA)
         prepared = _Prepared(self._backend(key, len(ids)), pe)
-        if self.config.compile or self._cuda:
+        if self.config.compile:
             self._rehearse(key, prepared)
         self._prepared[key] = prepared
         return prepared

@@ -15,7 +15,8 @@ _PIXELS_AT_ONCE = 2**20
 
 
 class Decoder:
-    """The decoder half of the VAE. On CUDA it runs channels-last, its norms fused with what surrounds them."""
+    """The decoder half of the VAE. On CUDA it runs channels-last, its norms fused with what surrounds them; on a CPU
+    torch compiles it where `compile` says so."""
 
     def __init__(self, checkpoint: Checkpoint, device: str, dtype: torch.dtype, compile: bool) -> None:
         self._vae = load_part(checkpoint, "vae", device, dtype)
