@@ -19,6 +19,7 @@ from fluxcli.config import EngineConfig
 from fluxcli.engine import attention, memory, sampling, weights
 from fluxcli.engine.cache import CompileCache
 from fluxcli.engine.device import DTYPES
+from fluxcli.engine.graphs import capture
 from fluxcli.engine.ops import rope
 from fluxcli.engine.transformer import ROPE_THETA, Flux, FluxConfig
 from fluxcli.records import Group, ShapeKey
@@ -121,14 +122,7 @@ def _timed(step: Callable[[], object]) -> float:
 
 def _replayed(step: Callable[[], object]) -> float:
     """Seconds of one replay of a captured run: the median of five rounds of ten, after one."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
+    graph, _ = capture(step)
     rounds = []
     for _ in range(6):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

@@ -54,9 +54,10 @@ class Engine:
             torch.cuda.set_device(self._device)
             self._copies = torch.cuda.Stream()
             self._pool = torch.cuda.graph_pool_handle()
-        self._schedule = sampling.Schedule(checkpoint.directory / "scheduler")
         self.memory = memory.plan(checkpoint, config, shapes)
-        with load_transformer(checkpoint, self._device, self._dtype) as self._flux:  # its weights are read meanwhile
+        # Its weights are read while the libraries of the others are imported, which takes as long.
+        with load_transformer(checkpoint, self._device, self._dtype) as self._flux:
+            self._schedule = sampling.Schedule(checkpoint.directory / "scheduler")
             self._text = TextEncoders(checkpoint, self._device, self._dtype, self.memory.visiting_text)
             self._decoder = Decoder(checkpoint, self._device, self._dtype, config.compile)
         self._embeddings = EmbeddingCache()
@@ -170,22 +171,15 @@ class Engine:
         txt, vec = self._encode(key, ["a prompt"] * key.batch_size)
         img = self._upload(sampling.stack_noise(range(key.batch_size), self._channels, height, width, self._dtype))
         guidance = torch.ones(key.batch_size, device=self._device) if self._flux.config.guidance_embeds else None
-        mod, dt = next(self._steps(1, img.shape[1], guidance, vec))
+        mod, _ = next(self._steps(1, img.shape[1], guidance, vec))
 
         def step(img: Tensor, txt: Tensor, mod: Tensor) -> Tensor:
             return self._flux(img, txt, prepared.pe, mod, prepared.backend)
 
-        if not self._cuda:
-            step(img, txt, mod)
-        else:
-            # Off the default stream, as capture demands of what it records.
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(2):
-                    sampling.euler_step(img, step(img, txt, mod), dt)
-            torch.cuda.current_stream().wait_stream(side)
+        if self._cuda:
             prepared.graph = StepGraph(step, img, txt, mod, self._pool)
+        else:
+            step(img, txt, mod)
         self._decoder(sampling.unpack(img, height, width))
 
     def _backend(self, key: ShapeKey, tokens: int) -> str:

@@ -6,10 +6,11 @@ halves a batch that does not fit after all.
 
     denoise    the captured graph's buffers, kept for the whole job: `_TOKEN` values as wide as the model per token;
                and the modulations of the steps that are made at once
-    encode     T5's activations: `_TEXT` values as wide as its MLP per token, and its attention scores
+    encode     T5's activations, kept by its graph: `_TEXT` values as wide as its MLP per token, and attention scores
     decode     the VAE's activations: `_PIXEL` bytes for each pixel decoded at once
 
-A stage gives its memory back to the next; only the graph and the weights stay. T5, 9.5 of FLUX.1's 33.7 GB in
+The constants are a little above what an H200 showed. A stage gives its memory back to the next; only the graphs and the
+weights stay. T5, 9.5 of FLUX.1's 33.7 GB in
 bfloat16, can stay on the host and visit the GPU block by block (`streaming`): the whole of it coming and going
 would gain nothing, for it would need the same room at each batch. Pictures are decoded one by one at the least
 (`vae.chunk_size`); tiles, which would change pixels at their seams, are not made.
@@ -32,10 +33,10 @@ from fluxcli.records import ShapeKey
 
 # Rows (steps x images) of modulations made at once: about 1 GB at FLUX.1's size, and all 28 steps of 16 images.
 MODULATION_ROWS = 512
-_TOKEN = 24
+_TOKEN = 14  # 11.7 between batches of 8 and 16 at 1024x1024
 _TEXT = 4
-_PIXEL = 1400  # per byte of the dtype: 2.8 kB in bfloat16
-_CONTEXT = 3 * 2**28  # the embeddings kept, libraries' workspaces, the allocator's rounding
+_PIXEL = 800  # per byte of the dtype; 768 at 1024x1024 and at 2048x2048
+_CONTEXT = 2**30  # the embeddings kept, libraries' workspaces, the allocator's rounding
 
 
 @dataclass(frozen=True)
@@ -66,19 +67,22 @@ class Needs:
         """Beside the weights, for a job of all these shapes. The graphs share the memory of the largest; each smaller
         one runs outside it once, before it is captured."""
         graphs = sorted((self._graph(key) for key in keys), reverse=True)
-        return graphs[0] + max([*graphs[1:], *map(self._passing, keys)]) + _CONTEXT
+        text = max(self._encode(key.text_length) for key in keys)
+        return text + graphs[0] + max([*graphs[1:], *map(self._passing, keys)]) + _CONTEXT
 
     def _graph(self, key: ShapeKey) -> int:
         return key.tokens() * self._flux.inner_dim * _TOKEN * self._width
 
     def _passing(self, key: ShapeKey) -> int:
         modulations = MODULATION_ROWS * self._flux.modulations * self._flux.inner_dim * self._width
-        text_tokens = TEXT_BATCH * key.text_length
-        scores = text_tokens * key.text_length * self._t5["num_heads"] * (4 + self._width)
-        encode = text_tokens * self._t5["d_ff"] * _TEXT * self._width + scores
         pixels = key.height * key.width
         decode = chunk_size(key.batch_size, pixels) * pixels * _PIXEL * self._width
-        return max(modulations, encode, decode)
+        return max(modulations, self._encode(key.text_length), decode)
+
+    def _encode(self, text_length: int) -> int:
+        tokens = TEXT_BATCH * text_length
+        scores = tokens * text_length * self._t5["num_heads"] * (4 + self._width)
+        return tokens * self._t5["d_ff"] * _TEXT * self._width + scores
 
 
 def plan(

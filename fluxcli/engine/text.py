@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fluxcli.checkpoints import Checkpoint
+from fluxcli.engine.graphs import Pool, capture
 from fluxcli.engine.weights import load_part
 from fluxcli.tokenizers import Tokenizers
 
@@ -32,7 +33,7 @@ class TextEncoders:
         self._t5 = load_part(checkpoint, "text_encoder_2", device, dtype, "encoder.block" if visiting else None)
         self._graphs: dict[int, _TextGraph] = {}
 
-    def capture(self, length: int, pool: tuple[int, int]) -> None:
+    def capture(self, length: int, pool: Pool) -> None:
         if length not in self._graphs:
             self._graphs[length] = _TextGraph(self, *self._ids(["a prompt"] * TEXT_BATCH, length), pool)
 
@@ -65,16 +66,9 @@ class TextEncoders:
 class _TextGraph:
     """Both encoders at one text length, captured."""
 
-    def __init__(self, text: TextEncoders, t5_ids: Tensor, clip_ids: Tensor, pool: tuple[int, int]) -> None:
+    def __init__(self, text: TextEncoders, t5_ids: Tensor, clip_ids: Tensor, pool: Pool) -> None:
         self._t5_ids, self._clip_ids = t5_ids, clip_ids
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            text.encode(t5_ids, clip_ids)  # so that planning and loading of kernels are over
-        torch.cuda.current_stream().wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
-            self._out = text.encode(t5_ids, clip_ids)
+        self._graph, self._out = capture(lambda: text.encode(t5_ids, clip_ids), pool)
 
     def run(self, t5_ids: Tensor, clip_ids: Tensor) -> tuple[Tensor, Tensor]:
         """As `TextEncoders.encode`. The result is the graph's own, good until any graph of its pool runs."""

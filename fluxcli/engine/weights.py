@@ -1,6 +1,7 @@
 """The only reader of weight files: strict, by name. A missing, surplus or misshapen tensor is an error that says
 which, told before anything is copied."""
 
+import math
 import os
 import re
 import threading
@@ -82,7 +83,16 @@ def load_part(checkpoint: Checkpoint, part: str, device: str, dtype: torch.dtype
 
 
 def size(checkpoint: Checkpoint, part: str, dtype: torch.dtype) -> int:
-    """Bytes of a part's parameters, counted on the class that its config builds, without memory for them."""
+    """Bytes of a part's parameters, without memory for them.
+
+    Counted in its files, which needs no import of its library; on the class that its config builds where there are
+    none, and in float16, of which a class makes exceptions.
+    """
+    if not checkpoint.random and dtype != torch.float16:
+        directory = checkpoint.directory / part
+        library = read_json(checkpoint.directory / "model_index.json").get(part, (None,))[0]
+        stem = _STEMS.get(library, _STEMS["diffusers"])
+        return dtype.itemsize * sum(_values(path) for path, _ in _files(directory, stem))
     if part == "transformer":
         config = FluxConfig.from_json(checkpoint.transformer)
         with torch.device("meta"), _default_dtype(dtype):
@@ -90,6 +100,15 @@ def size(checkpoint: Checkpoint, part: str, dtype: torch.dtype) -> int:
     else:
         _, model = _build(checkpoint, part, "meta", dtype)
     return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def _values(path: Path) -> int:
+    """How many numbers a file holds."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{path}: cannot be read: {_first_line(error)}") from error
 
 
 def _build(checkpoint: Checkpoint, part: str, device: str, dtype: torch.dtype) -> tuple[str, Any]:

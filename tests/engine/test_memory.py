@@ -129,11 +129,12 @@ def on_gpu(test: Callable[..., None]) -> Callable[..., None]:
 
 @pytest.fixture
 def gigabytes() -> Iterator[Callable[[float], None]]:
-    """Leaves this process so much of the GPU and no more."""
+    """Leaves this process so much of the GPU and no more, beside what earlier tests still hold."""
     torch.cuda.empty_cache()
 
     def leave(gigabytes: float) -> None:
-        torch.cuda.set_per_process_memory_fraction(gigabytes * 1e9 / torch.cuda.mem_get_info()[1])
+        budget = gigabytes * 1e9 + torch.cuda.memory_allocated()
+        torch.cuda.set_per_process_memory_fraction(budget / torch.cuda.mem_get_info()[1])
 
     yield leave
     torch.cuda.set_per_process_memory_fraction(1.0)
