@@ -76,7 +76,7 @@ def products_run(config: FluxConfig, key: ShapeKey, device: str, dtype: str) -> 
         for x, weight, bias in layers:
             F.linear(x, weight, bias)
 
-    return _captured(run, device)
+    return _Captured(run) if device.startswith("cuda") else run
 
 
 def attention_run(config: FluxConfig, key: ShapeKey, device: str, dtype: str, backend: str) -> Callable[[], object]:
@@ -87,22 +87,24 @@ def attention_run(config: FluxConfig, key: ShapeKey, device: str, dtype: str, ba
         for _ in range(config.num_layers + config.num_single_layers):
             attention.attention(q, k, v, backend)
 
-    return _captured(run, device)
+    return _Captured(run) if device.startswith("cuda") else run
 
 
-def _captured(run: Callable[[], object], device: str) -> Callable[[], object]:
-    """On CUDA a graph's replay: launching is no part of the floor."""
-    if not device.startswith("cuda"):
-        return run
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
+class _Captured:
+    """A CUDA graph of `run`, which it keeps, for the tensors the graph reads: launching is no part of the floor."""
+
+    def __init__(self, run: Callable[[], object]) -> None:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            run()
+        torch.cuda.current_stream().wait_stream(side)
+        self._run, self._graph = run, torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            run()
+
+    def __call__(self) -> None:
+        self._graph.replay()
 
 
 def _image_tokens(key: ShapeKey) -> int:

@@ -15,7 +15,8 @@ def text(result: Mapping[str, Any]) -> str:
     parts = [headline(result), _aligned(step_rows(result)), _aligned(component_rows(result))]
     if parity := parity_line(result):
         parts.append(parity)
-    if starts := result["cold_start"]:
+    starts = result.get("cold_start")
+    if starts and "error" not in starts:
         parts.append(
             "\n".join(
                 f"a new process, {name}: ready in {start['seconds']:.1f} s, {start['load_s']:.1f} s of it loading"
@@ -32,7 +33,7 @@ def headline(result: Mapping[str, Any]) -> str:
     compiled = "" if result["compile"] else ", not compiled"
     return (
         f"{result['model']} on {result['device']}, {result['dtype']}{compiled}, torch {versions['torch']}{cuda}, "
-        f"{result['steps']} steps, {result['rounds']} rounds"
+        f"diffusers {versions['diffusers']}, medians of {result['rounds']} rounds"
     )
 
 
@@ -56,20 +57,23 @@ def step_rows(result: Mapping[str, Any]) -> list[list[str]]:
 
 def component_rows(result: Mapping[str, Any]) -> list[list[str]]:
     """Whole images, a row a shape, under a header: seconds of each stage per image, rate and memory."""
-    rows = [["batch", "size", "text", *(name.replace("_s", " s") for name in _COMPONENTS), "images/s", "peak GiB"]]
-    rows[0] += ["cold s", "cached s"] if result["cold_start"] else []
+    rows = [
+        ["batch", "size", "text", "steps", *(name.replace("_s", " s") for name in _COMPONENTS), "images/s", "peak GiB"]
+    ]
+    rows[0] += ["cold s", "cached s"] if result.get("cold_start") else []
     for row in result["shapes"]:
-        cells = [*_shape(row), *(_figure(row.get("components", {}).get(name), ".4f") for name in _COMPONENTS)]
+        cells = [*_shape(row), str(result.get("steps", _NONE))]
+        cells += [_figure(row.get("components", {}).get(name), ".4f") for name in _COMPONENTS]
         memory = row.get("peak_memory")
         cells += [_figure(row.get("images_per_s"), _significant), _figure(memory and memory / 2**30, ".1f")]
-        if result["cold_start"]:
+        if result.get("cold_start"):
             cells += [_figure(row.get("warm_up", {}).get(name), ".1f") for name in ("cold_s", "cached_s")]
         rows.append(cells)
     return rows
 
 
 def parity_line(result: Mapping[str, Any]) -> str:
-    found = result["parity"]
+    found = result.get("parity")
     if not found or "error" in found:
         return ""
     key = ShapeKey(*(found[field] for field in ShapeKey._fields))
