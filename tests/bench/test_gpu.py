@@ -1,4 +1,4 @@
-"""What only a GPU can show of a bench: its clocks and memory, floors in graphs, compiled peers with cuDNN's attention."""
+"""What only a GPU can show of a bench: its clocks and memory, floors in graphs, compiled peers with their attention."""
 
 import json
 import os
