@@ -11,6 +11,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ from fluxcli.errors import FluxcliError, UsageError
 
 if TYPE_CHECKING:
     from fluxcli.checkpoints import Checkpoint
+    from fluxcli.job.plan import BatchSize
+    from fluxcli.records import ShapeKey
 
 _FORMATS = ("png", "jpg", "webp")
 _MOST_IMAGES = 1024  # in a batch
@@ -120,6 +123,18 @@ class _Device(click.ParamType):  # type: ignore[type-arg,unused-ignore]
         return str(value)
 
 
+class _BatchSize(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    name = "N|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        if value == "auto":
+            return "auto"
+        size = int(value) if str(value).isdecimal() else 0
+        if not 1 <= size <= _MOST_IMAGES:
+            self.fail(f"{value!r} is neither 1 to {_MOST_IMAGES} nor auto", param, ctx)
+        return size
+
+
 class _Finite(click.ParamType):  # type: ignore[type-arg,unused-ignore]
     name = "NUMBER"
 
@@ -131,6 +146,9 @@ class _Finite(click.ParamType):  # type: ignore[type-arg,unused-ignore]
         if not math.isfinite(number):
             self.fail(f"{value!r} is not a finite number", param, ctx)
         return number
+
+
+_FILE = click.Path(dir_okay=False, path_type=Path)
 
 
 def _verbose(ctx: click.Context, param: click.Parameter, value: bool) -> None:
@@ -156,7 +174,11 @@ _machine_options = _options(
     click.option("--revision", help="Branch, tag or commit of a model from the hub."),
     click.option("--dtype", type=click.Choice(("auto", *config.DTYPES)), default="auto", show_default=True),
     click.option("--device", type=_Device(), default="auto", show_default=True),
-    click.option("--compile/--no-compile", default=None, help="Compile the model.  [default: on a GPU]"),
+    click.option(
+        "--compile/--no-compile",
+        default=None,
+        help="Prepare each shape: captured graphs on a GPU, torch.compile on a CPU.  [default: on a GPU]",
+    ),
     click.option("--attention", type=click.Choice(("auto", *config.ATTENTION)), default="auto", show_default=True),
 )
 _engine_options = _options(
@@ -181,7 +203,11 @@ _format_options = _options(
     click.option("--quality", type=click.IntRange(1, 100), default=95, show_default=True, help="Of JPEG and WebP."),
 )
 _batch_size = click.option(
-    "--batch-size", type=click.IntRange(1, _MOST_IMAGES), default=config.BATCH_SIZE, show_default=True
+    "--batch-size",
+    type=_BatchSize(),
+    default=config.BATCH_SIZE,
+    show_default=True,
+    help="auto: for each size what memory holds and speed gains from, measured once.",
 )
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 
@@ -201,7 +227,7 @@ def _read_config(ctx: click.Context, param: click.Parameter, path: str | None) -
         if option is None or option.name in (None, "config"):
             raise click.BadParameter(f"{path}: there is no option {key!r}", ctx, param)
         # click would round and guess: 1.9 is no seed, and true no size.
-        whole = isinstance(option.type, click.IntRange | _Side)
+        whole = isinstance(option.type, click.IntRange | _Side | _BatchSize) and value != "auto"
         flag = isinstance(option, click.Option) and option.is_flag
         if (whole and type(value) is not int) or (flag and type(value) is not bool):
             wanted = "an integer" if whole else "true or false"
@@ -241,14 +267,14 @@ def gen(
     output: Path,
     format: str,
     quality: int,
-    batch_size: int,
+    batch_size: int | str,
     as_json: bool,
     **options: Any,
 ) -> None:
     """Make images of one PROMPT and print their paths."""
     from fluxcli.errors import RowError
     from fluxcli.job import single
-    from fluxcli.job.plan import bucket
+    from fluxcli.job.plan import bucket, size_of
     from fluxcli.job.prompts import check_row
     from fluxcli.job.store import record_settings
     from fluxcli.tokenizers import Tokenizers
@@ -265,9 +291,10 @@ def gen(
     if tokens > text_length:
         say(f"the prompt has {tokens} tokens and is cut to {text_length}")
     records = [replace(record, text_tokens=tokens, text_length=text_length) for record in records]
-    engine = _engine(checkpoint, engine_config)
+    size = size_of(_batch_sizes(batch_size, checkpoint, engine_config), records[0].group)
+    engine = _engine(checkpoint, engine_config, single.shapes(records, size))
     made = []
-    for record, path in single.generate(engine, records, batch_size, output, image, checkpoint.name):
+    for record, path in single.generate(engine, records, size, output, image, checkpoint.name):
         text = {"text_tokens": tokens, "text_length": text_length, "truncated": record.truncated}
         made.append({"file_name": str(path), **record_settings(record), **text})
         if not as_json:
@@ -329,6 +356,7 @@ def batch(
     from fluxcli.job.prompts import PromptFile
 
     checkpoint, engine_config, defaults = _settings(options)
+    options["batch_size"] = _batch_sizes(options["batch_size"], checkpoint, engine_config)
     job = Job(
         input,
         output or Path("out") / ("stdin" if input == "-" else Path(input).stem),
@@ -351,7 +379,8 @@ def batch(
         else:
             say("\n".join([report.plan_table(data), *report.failure_lines(intake.failures)]))
         return
-    status, totals = job.run(lambda: _engine(checkpoint, engine_config), device.machine(engine_config), say)
+    make = partial(_engine, checkpoint, engine_config)
+    status, totals = job.run(make, device.machine(engine_config), say)
     say(report.totals_lines(totals))
     if totals["failures"]:
         say(f"failed rows: {job.directory / 'failures.jsonl'}")
@@ -363,34 +392,58 @@ def batch(
 @cli.command()
 @click.argument("input", type=click.Path(exists=True, dir_okay=False, allow_dash=True), required=False)
 @click.option("--size", "sizes", type=_Size(), multiple=True, help="Instead of INPUT; may be given several times.")
+@click.option("--export", type=_FILE, help="Write what these shapes need to FILE, for machines like this one.")
+@click.option(
+    "--import", "import_", type=_FILE, help="Fill the cache from such a FILE, from a source you trust: it holds code."
+)
 @_batch_size
 @_row_options
 @_engine_options
 @_json
 @_verbosity
-def warmup(input: str | None, sizes: Sequence[tuple[int, int]], batch_size: int, as_json: bool, **options: Any) -> None:
+def warmup(
+    input: str | None,
+    sizes: Sequence[tuple[int, int]],
+    export: Path | None,
+    import_: Path | None,
+    batch_size: int | str,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Compile and cache what the shapes of INPUT, or of the given sizes, need.
 
-    A later batch on the same shapes compiles nothing.
+    A later batch on the same shapes compiles nothing. With --import and neither INPUT nor --size nothing is compiled.
     """
-    from fluxcli.engine import cache
+    from fluxcli.engine import cache, portable
     from fluxcli.job.job import Job
+    from fluxcli.job.plan import size_of
     from fluxcli.job.prompts import PromptFile
-    from fluxcli.records import ShapeKey, WarmUp
+    from fluxcli.records import Group, ShapeKey, WarmUp
 
     if input is not None and sizes:
         raise click.UsageError("give INPUT or --size, not both")
     checkpoint, engine_config, defaults = _settings(options)
+    if export is not None:
+        portable.check_export(export)
+    if import_ is not None:
+        entries = portable.import_(cache.CompileCache(checkpoint, engine_config), import_)
+        say(f"{import_}: {entries} entries; cache: {cache.root()}")
+        if input is None and not sizes and export is None:
+            if as_json:
+                click.echo(json.dumps({"imported": entries, "cache": str(cache.root())}))
+            return
     lengths = options["text_lengths"]
+    sizes_of = _batch_sizes(batch_size, checkpoint, engine_config)
     if input is not None:
-        job = Job(input, Path(), checkpoint, engine_config, defaults, lengths, config.ImageFormat(), batch_size)
+        job = Job(input, Path(), checkpoint, engine_config, defaults, lengths, config.ImageFormat(), sizes_of)
         keys = job.whole_plan(PromptFile(input)).shapes()
     else:
         chosen = sizes or [(defaults.width, defaults.height)]
-        wanted = {ShapeKey(batch_size, height, width, length) for width, height in chosen for length in lengths}
-        keys = sorted(wanted, key=ShapeKey.tokens, reverse=True)
+        groups = {Group(height, width, length, 1) for width, height in chosen for length in lengths}
+        wanted = [ShapeKey(size_of(sizes_of, group), group.height, group.width, group.text_length) for group in groups]
+        keys = sorted(wanted, key=lambda key: (key.tokens(), key), reverse=True)
     start = time.perf_counter()
-    engine = _engine(checkpoint, engine_config)
+    engine = _engine(checkpoint, engine_config, keys)
 
     def tell(one: WarmUp) -> None:
         say(f"{one.key}: {one.seconds:.2f} s, {one.state}, {one.attention} attention")
@@ -398,6 +451,9 @@ def warmup(input: str | None, sizes: Sequence[tuple[int, int]], batch_size: int,
     shapes = engine.warm_up(keys, tell)
     seconds = time.perf_counter() - start
     say(f"{len(shapes)} shapes in {seconds:.1f} s with the model's loading; cache: {cache.root()}")
+    if export is not None:
+        size = portable.export(cache.CompileCache(checkpoint, engine_config), export)
+        say(f"{export}: {size / 1e6:.1f} MB")
     if as_json:
         rows = [
             {**one.key._asdict(), "seconds": round(one.seconds, 3), "state": one.state, "attention": one.attention}
@@ -471,7 +527,7 @@ def bench(
         cold_start,
     )
     status, result = run.run(
-        lambda: _engine(checkpoint, engine_config),
+        partial(_engine, checkpoint, engine_config),
         lambda pixels, record: images.encode(pixels, config.ImageFormat(), record, checkpoint.name),
         say,
     )
@@ -527,11 +583,23 @@ def _checkpoint(name: str | None, revision: str | None) -> "Checkpoint":
     return checkpoints.resolve(name, revision)
 
 
-def _engine(checkpoint: "Checkpoint", engine_config: config.EngineConfig) -> Any:
+def _engine(checkpoint: "Checkpoint", engine_config: config.EngineConfig, shapes: "Sequence[ShapeKey]") -> Any:
     from fluxcli.engine.engine import Engine
 
     say(f"loading {checkpoint.name} ({engine_config.dtype}) on {engine_config.device}")
-    return Engine(checkpoint, engine_config)
+    engine = Engine(checkpoint, engine_config, shapes)
+    if engine.memory.visiting_text:
+        say("T5 stays on the host and visits the GPU block by block: memory is short")
+    return engine
+
+
+def _batch_sizes(given: int | str, checkpoint: "Checkpoint", engine_config: config.EngineConfig) -> "BatchSize":
+    """--batch-size as the planner takes it."""
+    if isinstance(given, int):
+        return given
+    from fluxcli.engine.batching import BatchSizes
+
+    return BatchSizes(checkpoint, engine_config)
 
 
 def _settings(options: dict[str, Any]) -> tuple["Checkpoint", config.EngineConfig, config.RowDefaults]:

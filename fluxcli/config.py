@@ -23,8 +23,9 @@ class RowDefaults:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How the engine runs. `device` is "cpu" or "cuda:N"; `dtype` a torch dtype's name; `attention` may be "auto",
-    which the engine settles by measuring at warm-up."""
+    """How the engine runs. `device` is "cpu" or "cuda:N"; `dtype` a torch dtype's name; `compile` whether each shape is
+    prepared ahead, as captured graphs on CUDA and by torch.compile on a CPU; `attention` may be "auto", which the
+    engine settles by measuring at warm-up."""
 
     device: str
     dtype: str

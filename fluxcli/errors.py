@@ -4,6 +4,7 @@ FluxcliError            exit 1: nothing more could be done
 ├── UsageError          exit 2: an option that cannot be meant
 ├── ModelError          the model cannot be found or its files are not what they should be
 ├── DeviceError         the device, dtype or attention asked for is not there
+├── CacheError          a compile cache that cannot be carried from here or to here
 ├── InputError          the input file cannot be read, or a bad row under --strict
 ├── JobError            the output directory: another job's, somebody else's, or not writable
 └── OutOfMemory         a batch that does not fit the device; the runner tries smaller ones
@@ -26,6 +27,10 @@ class ModelError(FluxcliError):
 
 
 class DeviceError(FluxcliError):
+    pass
+
+
+class CacheError(FluxcliError):
     pass
 
 

@@ -107,7 +107,8 @@ class Pictures:
 
 @dataclass(frozen=True, slots=True)
 class WarmUp:
-    """One shape made ready: seconds it took, functions traced, how many of those no cache held, and its attention."""
+    """One shape made ready: seconds it took, functions traced and kernels made ready for it, how many of those no cache
+    held, and its attention."""
 
     key: ShapeKey
     seconds: float
@@ -118,7 +119,7 @@ class WarmUp:
     @property
     def state(self) -> str:
         if not self.graphs:
-            return "eager"
+            return "nothing to compile"
         return "cold" if self.misses else "cached"
 
 

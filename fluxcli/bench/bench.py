@@ -27,7 +27,7 @@ _SIGMA, _DT = 0.9, -0.03  # of the step that is timed; any would do
 _JOB_S = 10.0  # how long the batches of one shape may take together, where more than one fit into it
 _MOST_BATCHES = 4
 _SAVED = 4  # images of a batch that are encoded to time it
-_PROMPT = "a photo of a lighthouse on a cliff above the sea, seen from a boat"
+_PROMPT = "picture {} of a lighthouse on a cliff above the sea, seen from a boat"
 
 Save = Callable[[Any, PromptRecord], object]  # pixels [H, W, 3] of a record -> a picture file's bytes
 Say = Callable[[str], None]
@@ -46,7 +46,9 @@ class Bench:
     vs: str | None = None
     cold_start: bool = False
 
-    def run(self, make_engine: Callable[[], Engine], save: Save, say: Say) -> tuple[int, dict[str, Any]]:
+    def run(
+        self, make_engine: Callable[[Sequence[ShapeKey]], Engine], save: Save, say: Say
+    ) -> tuple[int, dict[str, Any]]:
         """Measures everything. Returns the exit code and the result: 1 where a shape or a peer could not be measured,
         which then carries an `error`.
 
@@ -58,7 +60,7 @@ class Bench:
         date = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         starts = self._starts(keys, say)
         begin = time.perf_counter()
-        engine = make_engine()
+        engine = make_engine(keys)
         result: dict[str, Any] = {
             "date": date,
             "model": self.checkpoint.name,
@@ -124,7 +126,7 @@ class Bench:
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         (warm,) = engine.warm_up([key])
-        one_step = engine.submit(self._batch(key, 0, steps=1)).result()
+        one_step = engine.submit(self._batch(key, _MOST_BATCHES, steps=1)).result()
         whole = key.batch_size * (one_step.timing.as_row()["total_s"] + (self.steps - 1) * one_step.timing.denoise_s)
         count = max(1, min(_MOST_BATCHES, int(_JOB_S / whole)))
         done: list[Pictures] = []
@@ -202,13 +204,16 @@ class Bench:
         }
 
     def _batch(self, key: ShapeKey, number: int, steps: int) -> Batch:
-        records = [
-            PromptRecord(
-                f"{number}-{slot}", _PROMPT, number * key.batch_size + slot, key.width, key.height, steps,
-                self.guidance, line=slot + 1, text_length=key.text_length,
-            )
-            for slot in range(key.batch_size)
-        ]  # fmt: skip
+        """Pictures of one job; the engine remembers prompts, so that each is one that it has not seen."""
+        records = []
+        for slot in range(key.batch_size):
+            id = f"{'x'.join(map(str, key))}-{number}-{slot}"
+            records.append(
+                PromptRecord(
+                    id, _PROMPT.format(id), number * key.batch_size + slot, key.width, key.height, steps, self.guidance,
+                    line=slot + 1, text_length=key.text_length,
+                )
+            )  # fmt: skip
         return Batch(number, key, steps, records)
 
 

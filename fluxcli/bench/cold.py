@@ -35,7 +35,7 @@ def _start(cache: str, checkpoint: Checkpoint, config: EngineConfig, keys: Seque
     start = time.perf_counter()
     from fluxcli.engine.engine import Engine
 
-    engine = Engine(checkpoint, config)
+    engine = Engine(checkpoint, config, keys)
     load_s = time.perf_counter() - start
     shapes = engine.warm_up(sorted(keys, key=ShapeKey.tokens, reverse=True))
     return {

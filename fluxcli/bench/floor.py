@@ -35,7 +35,7 @@ def products(config: FluxConfig, key: ShapeKey) -> list[Product]:
         for rows in (img, txt):
             done += [Product(rows, dim, dim), Product(rows, dim, up), Product(rows, up, dim)]
     for _ in range(config.num_single_layers):
-        done += [Product(img + txt, dim, 3 * dim + up), Product(img + txt, dim + up, dim)]
+        done += [Product(img + txt, k, n) for k, n in ((dim, 3 * dim), (dim, up), (dim + up, dim))]
     return [*done, Product(img, dim, config.in_channels)]
 
 
@@ -81,11 +81,12 @@ def products_run(config: FluxConfig, key: ShapeKey, device: str, dtype: str) -> 
 
 def attention_run(config: FluxConfig, key: ShapeKey, device: str, dtype: str, backend: str) -> Callable[[], object]:
     """A call that does the attentions of one step."""
-    q, k, v = (torch.randn(attention_shape(config, key), device=device, dtype=DTYPES[dtype]) for _ in range(3))
+    batch, tokens, heads, head_dim = attention_shape(config, key)
+    qkv = torch.randn(batch, tokens, 3, heads, head_dim, device=device, dtype=DTYPES[dtype])
 
     def run() -> None:
         for _ in range(config.num_layers + config.num_single_layers):
-            attention.attention(q, k, v, backend)
+            attention.attention(qkv, backend)
 
     return _Captured(run) if device.startswith("cuda") else run
 

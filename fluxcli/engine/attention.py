@@ -8,48 +8,44 @@ fa2     FlashAttention-2, package flash-attn
 """
 
 import importlib
+import os
 from collections.abc import Callable
 from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.library import custom_op
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fluxcli.config import ATTENTION
+from fluxcli.engine.cache import root
 from fluxcli.errors import DeviceError
 
 _CANNOT = (RuntimeError, AssertionError, NotImplementedError)  # how the kernels say that a shape is not theirs
 _FLASH_MODULES = {"fa4": "flash_attn.cute", "fa3": "flash_attn_interface", "fa2": "flash_attn"}
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
-    """Softmax attention over everything. q, k, v [B, S, H, Dh] -> [B, S, H, Dh], same dtype."""
+def attention(qkv: Tensor, backend: str) -> Tensor:
+    """Softmax attention over everything. qkv [B, S, 3, H, Dh] -> [B, S, H, Dh], contiguous, same dtype."""
     if backend == "sdpa":
-        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-        return out.transpose(1, 2)
-    return _external(q, k, v, backend)
-
-
-@custom_op("fluxcli::attention", mutates_args=())
-def _external(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
-    # Opaque to the compiler: these kernels are picked at run time and compiled by others.
+        return _sdpa(qkv)
     if backend == "cudnn":
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-        return out.transpose(1, 2).contiguous()
-    result = _flash(backend)(q, k, v)
+            return _sdpa(qkv)
+    result = _flash(backend)(*qkv.unbind(2))
     return result[0] if isinstance(result, tuple) else result
 
 
-@_external.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+def _sdpa(qkv: Tensor) -> Tensor:
+    q, k, v = (each.transpose(1, 2) for each in qkv.unbind(2))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).contiguous()
 
 
 @cache
 def _flash(backend: str) -> Callable[..., Tensor | tuple[Tensor, ...]]:
+    # FlashAttention-4 compiles for each kind of shape; it reads these when it is imported.
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(root() / "flash-attn-4"))
     function: Callable[..., Tensor | tuple[Tensor, ...]]
     function = importlib.import_module(_FLASH_MODULES[backend]).flash_attn_func
     return function
@@ -82,12 +78,12 @@ def milliseconds(
     batch: int, tokens: int, heads: int, head_dim: int, device: str, dtype: torch.dtype
 ) -> dict[str, float]:
     """Time of one attention at this shape, for every backend that runs it, on random data."""
-    q, k, v = _random(batch, tokens, heads, head_dim, device, dtype)
+    qkv = torch.randn(batch, tokens, 3, heads, head_dim, device=device, dtype=dtype)
     found: dict[str, float] = {}
     for backend in ATTENTION:
         if missing(backend, device, dtype) is None:
             try:
-                found[backend] = _median_ms(partial(attention, q, k, v, backend))
+                found[backend] = _median_ms(partial(attention, qkv, backend))
             except _CANNOT:
                 continue  # installed, but not for this shape or this GPU
     return found
@@ -96,17 +92,12 @@ def milliseconds(
 def require(backend: str, batch: int, tokens: int, heads: int, head_dim: int, device: str, dtype: torch.dtype) -> None:
     """Raises DeviceError where `backend` cannot run this shape."""
     try:
-        q, k, v = _random(batch, tokens, heads, head_dim, device, dtype)
-        attention(q, k, v, backend)
+        attention(torch.randn(batch, tokens, 3, heads, head_dim, device=device, dtype=dtype), backend)
     except _CANNOT as error:
         raise DeviceError(
             f"--attention {backend}: cannot run {heads} heads of {head_dim} over {tokens} tokens here: "
             f"{str(error).strip().splitlines()[0]}; use --attention auto"
         ) from error
-
-
-def _random(batch: int, tokens: int, heads: int, head_dim: int, device: str, dtype: torch.dtype) -> list[Tensor]:
-    return [torch.randn(batch, tokens, heads, head_dim, device=device, dtype=dtype) for _ in range(3)]
 
 
 def _median_ms(run: Callable[[], Tensor]) -> float:

@@ -6,7 +6,9 @@ import json
 import os
 import re
 from collections import Counter
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,31 +17,44 @@ from fluxcli.config import EngineConfig
 
 
 class CompileCache:
-    """Points the compilers at their folder. Make one before anything compiles."""
+    """Points the compilers at their folder. Make one before anything compiles.
+
+    Attributes:
+        environment: what compiled code depends on: versions, GPU, and the model's architecture with its dtype.
+    """
 
     def __init__(self, checkpoint: Checkpoint, config: EngineConfig) -> None:
-        self.directory = root() / "compile" / _environment(config.device) / _architecture(checkpoint, config.dtype)
-        self._attention = self.directory / "attention.json"
+        self.environment = _environment(checkpoint, config)
+        gpu, cuda = self.environment["gpu"], self.environment["cuda"]
+        machine = f"cuda{cuda}-{gpu}" if gpu else "cpu"
+        folder = re.sub(r"[^\w.+-]+", "_", f"torch{torch.__version__}-{machine}")
+        self.directory = root() / "compile" / folder / self.environment["architecture"]
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(self.directory / "inductor")
         os.environ["TRITON_CACHE_DIR"] = str(self.directory / "triton")
+        if gpu:
+            _listen_to_triton()
 
     def attention(self, shape: str) -> str | None:
         """The backend an earlier process measured to be fastest at `shape`; asked for again, so that its compiled code
         is found again too."""
-        try:
-            return json.loads(self._attention.read_text()).get(shape)
-        except (OSError, ValueError):
-            return None
+        return self.read("attention.json").get(shape)
 
     def remember_attention(self, shape: str, backend: str) -> None:
-        try:
-            known = json.loads(self._attention.read_text())
-        except (OSError, ValueError):
-            known = {}
+        self.add("attention.json", {shape: backend})
+
+    def add(self, name: str, choices: dict[str, Any]) -> None:
+        """Measured choices, into the file `name` of the folder; they replace those of the same keys."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        temporary = self._attention.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps({**known, shape: backend}, indent=1))
-        temporary.replace(self._attention)
+        temporary = self.directory / f"{name}.{os.getpid()}"
+        temporary.write_text(json.dumps({**self.read(name), **choices}, indent=1))
+        temporary.replace(self.directory / name)
+
+    def read(self, name: str) -> dict[str, Any]:
+        """The choices in a file of the folder; none where it is not there."""
+        try:
+            return dict(json.loads((self.directory / name).read_text()))
+        except (OSError, ValueError, TypeError):
+            return {}
 
 
 def root() -> Path:
@@ -50,22 +65,47 @@ def root() -> Path:
 
 
 def compile_counts() -> Counter[str]:
-    """What this process compiled so far: `graphs` traced by Dynamo, and of those `misses` that no cache held."""
+    """What this process compiled so far: `graphs` traced by Dynamo and kernels made ready by Triton, and of those
+    `misses` that no cache held."""
     from torch._dynamo.utils import counters
 
-    return Counter(
+    traced = Counter(
         graphs=counters["stats"]["unique_graphs"],
         misses=counters["inductor"]["fxgraph_cache_miss"] + counters["inductor"]["fxgraph_cache_bypass"],
     )
+    return traced + _kernels
 
 
-def _environment(device: str) -> str:
-    machine = "cpu"
-    if device.startswith("cuda"):
-        machine = f"cuda{torch.version.cuda}-{torch.cuda.get_device_name(device)}"
-    return re.sub(r"[^\w.+-]+", "_", f"torch{torch.__version__}-{machine}")
+_kernels: Counter[str] = Counter()
 
 
-def _architecture(checkpoint: Checkpoint, dtype: str) -> str:
+def _listen_to_triton() -> None:
+    from triton import knobs
+
+    knobs.compilation.listener = _count_kernel
+
+
+def _count_kernel(*, cache_hit: bool, **about: Any) -> None:
+    _kernels.update(graphs=1, misses=0 if cache_hit else 1)
+
+
+def _environment(checkpoint: Checkpoint, config: EngineConfig) -> dict[str, Any]:
+    cuda = config.device.startswith("cuda")
     shape = {key: value for key, value in checkpoint.transformer.items() if not key.startswith("_")}
-    return f"flux-{hashlib.sha256(json.dumps([shape, dtype], sort_keys=True).encode()).hexdigest()[:12]}"
+    digest = hashlib.sha256(json.dumps([shape, config.dtype], sort_keys=True).encode()).hexdigest()
+    return {
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "cuda": torch.version.cuda if cuda else None,
+        "gpu": torch.cuda.get_device_name(config.device) if cuda else None,
+        "capability": list(torch.cuda.get_device_capability(config.device)) if cuda else None,
+        "architecture": f"flux-{digest[:12]}",
+        "dtype": config.dtype,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

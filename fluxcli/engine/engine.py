@@ -12,21 +12,17 @@ from torch import Tensor
 
 from fluxcli.checkpoints import Checkpoint
 from fluxcli.config import EngineConfig
-from fluxcli.engine import attention, sampling
+from fluxcli.engine import attention, memory, sampling
 from fluxcli.engine.cache import CompileCache, compile_counts
 from fluxcli.engine.device import DTYPES
 from fluxcli.engine.graphs import StepGraph
 from fluxcli.engine.ops import rope
-from fluxcli.engine.text import TextEncoders
+from fluxcli.engine.text import EmbeddingCache, TextEncoders
 from fluxcli.engine.transformer import ROPE_THETA, Flux, Rope
 from fluxcli.engine.vae import Decoder
 from fluxcli.engine.weights import load_transformer
 from fluxcli.errors import DeviceError, OutOfMemory
 from fluxcli.records import Batch, Pictures, PromptRecord, ShapeKey, Timing, WarmUp
-from fluxcli.tokenizers import Tokenizers
-
-# Rows (steps x images) of modulations made at once: about 1 GB at FLUX.1's size, and all 28 steps of 16 images.
-_MODULATION_ROWS = 512
 
 
 @dataclass
@@ -39,9 +35,17 @@ class _Prepared:
 
 
 class Engine:
-    """Loads a checkpoint onto the configured device. Not thread-safe: one batch is submitted after the other."""
+    """Loads a checkpoint onto the configured device. Not thread-safe: one batch is submitted after the other.
 
-    def __init__(self, checkpoint: Checkpoint, config: EngineConfig) -> None:
+    Args:
+        shapes: what it will run, as far as that is known: what cannot fit is then said before anything is loaded.
+
+    Raises:
+        OutOfMemory: one picture does not fit beside the model.
+        ModelError: what is wrong with the checkpoint.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, config: EngineConfig, shapes: Sequence[ShapeKey] = ()) -> None:
         self.config = config
         self._device, self._dtype = config.device, DTYPES[config.dtype]
         self._cuda = self._device.startswith("cuda")
@@ -50,14 +54,15 @@ class Engine:
             torch.cuda.set_device(self._device)
             self._copies = torch.cuda.Stream()
             self._pool = torch.cuda.graph_pool_handle()
-        self._tokenizers = Tokenizers(checkpoint.tokenizers)
         self._schedule = sampling.Schedule(checkpoint.directory / "scheduler")
-        self._text = TextEncoders(checkpoint, self._device, self._dtype)
-        self._flux = load_transformer(checkpoint, self._device, self._dtype)
-        self._decoder = Decoder(checkpoint, self._device, self._dtype, config.compile)
+        self.memory = memory.plan(checkpoint, config, shapes)
+        with load_transformer(checkpoint, self._device, self._dtype) as self._flux:  # its weights are read meanwhile
+            self._text = TextEncoders(checkpoint, self._device, self._dtype, self.memory.visiting_text)
+            self._decoder = Decoder(checkpoint, self._device, self._dtype, config.compile)
+        self._embeddings = EmbeddingCache()
         self._channels = self._flux.config.in_channels // sampling.PATCH**2
         self._prepared: dict[ShapeKey, _Prepared] = {}
-        if config.compile:
+        if config.compile and not self._cuda:  # on CUDA the blocks are made of fused kernels already
             _compile_blocks(self._flux.transformer_blocks, self._flux.single_transformer_blocks)
 
     @property
@@ -125,10 +130,15 @@ class Engine:
         return InFlight(batch, *self._to_host(pixels, finite), clock)
 
     def _encode(self, key: ShapeKey, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        t5_ids = self._upload(torch.tensor(self._tokenizers.t5(prompts, key.text_length)))
-        clip_ids = self._upload(torch.tensor(self._tokenizers.clip(prompts)))
-        txt, vec = self._text(t5_ids, clip_ids)
-        return self._flux.embed_text(txt.to(self._dtype)), vec.to(self._dtype)
+        """(txt [B, L, D], vec [B, width]); prompts that were encoded lately are not encoded again."""
+        found = {prompt: self._embeddings.get(prompt, key.text_length) for prompt in prompts}
+        missing = [prompt for prompt, embedding in found.items() if embedding is None]
+        for prompt, (txt, vec) in self._text(missing, key.text_length):
+            embedding = (self._flux.embed_text(txt), vec.clone())  # their memory is the graph's
+            self._embeddings.put(prompt, key.text_length, embedding)
+            found[prompt] = embedding
+        txts, vecs = zip(*(found[prompt] for prompt in prompts), strict=True)
+        return torch.stack(txts), torch.stack(vecs)
 
     def _denoise(
         self, batch: Batch, records: Sequence[PromptRecord], txt: Tensor, vec: Tensor, prepared: _Prepared
@@ -153,7 +163,7 @@ class Engine:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Each step's (mod [B, modulations, D], dt []): all that tells one step from the next."""
         timesteps, sigmas = self._schedule(steps, image_tokens)
-        at_once = max(1, _MODULATION_ROWS // len(vec))
+        at_once = max(1, memory.MODULATION_ROWS // len(vec))
         parts = zip(self._upload(timesteps).split(at_once), self._upload(sigmas.diff()).split(at_once), strict=True)
         for part, dts in parts:
             yield from zip(self._flux.modulations(part, guidance, vec), dts, strict=True)
@@ -165,7 +175,7 @@ class Engine:
         ids = sampling.position_ids(key.text_length, height, width, self._device)
         pe = rope(ids, self._flux.config.axes_dims_rope, ROPE_THETA)
         prepared = _Prepared(self._backend(key, len(ids)), pe)
-        if self.config.compile or self._cuda:
+        if self.config.compile:
             self._rehearse(key, prepared)
         self._prepared[key] = prepared
         return prepared
@@ -173,6 +183,8 @@ class Engine:
     def _rehearse(self, key: ShapeKey, prepared: _Prepared) -> None:
         """Runs every stage at this shape once, so that all compiling is over, and captures the step."""
         height, width = self._latent_size(key)
+        if self._cuda:
+            self._text.capture(key.text_length, self._pool)
         txt, vec = self._encode(key, ["a prompt"] * key.batch_size)
         img = self._upload(sampling.stack_noise(range(key.batch_size), self._channels, height, width, self._dtype))
         guidance = torch.ones(key.batch_size, device=self._device) if self._flux.config.guidance_embeds else None
@@ -286,7 +298,7 @@ def _device_faults(key: ShapeKey) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         torch.cuda.empty_cache()
-        raise OutOfMemory(f"the device has no memory for {key}") from error
+        raise OutOfMemory(_no_memory("device", key)) from error
     except torch.AcceleratorError as error:
         reason = str(error).strip().splitlines()[0]
         raise DeviceError(
@@ -294,8 +306,13 @@ def _device_faults(key: ShapeKey) -> Iterator[None]:
         ) from error
     except RuntimeError as error:
         if "can't allocate memory" in str(error):  # how torch says it on a CPU
-            raise OutOfMemory(f"the machine has no memory for {key}") from error
+            raise OutOfMemory(_no_memory("machine", key)) from error
         raise
+
+
+def _no_memory(where: str, key: ShapeKey) -> str:
+    advice = "a smaller --batch-size needs less" if key.batch_size > 1 else "smaller pictures need less"
+    return f"the {where} has no memory for {key}; {advice}"
 
 
 def _compile_blocks(*stacks: torch.nn.ModuleList) -> None:

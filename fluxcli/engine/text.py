@@ -1,24 +1,108 @@
-"""Prompt ids -> embeddings, through transformers' T5 and CLIP text encoders."""
+"""Prompts -> embeddings: the text encoders through transformers, and what they made of the latest prompts."""
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from fluxcli.checkpoints import Checkpoint
 from fluxcli.engine.weights import load_part
+from fluxcli.tokenizers import Tokenizers
+
+# Prompts encoded at once, padded with copies: always as many, so that a prompt's embedding depends on no neighbour and
+# on no batch size, and one captured graph serves a text length.
+TEXT_BATCH = 4
+_CACHE_BYTES = 2**28
+
+Embedding = tuple[Tensor, Tensor]  # txt [L, width], vec [width]
 
 
 class TextEncoders:
-    """T5 (`text_encoder_2`) makes one embedding per token, CLIP (`text_encoder`) one per prompt."""
+    """T5 (`text_encoder_2`) makes one embedding per token, CLIP (`text_encoder`) one per prompt.
 
-    def __init__(self, checkpoint: Checkpoint, device: str, dtype: torch.dtype) -> None:
+    On CUDA, `capture` records both for a text length as one graph.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: str, dtype: torch.dtype, visiting: bool = False) -> None:
+        """`visiting`: T5's blocks stay in host memory and come to the device one at a time."""
+        self._device, self._dtype = device, dtype
+        self._tokenizers = Tokenizers(checkpoint.tokenizers)
         self._clip = load_part(checkpoint, "text_encoder", device, dtype)
-        self._t5 = load_part(checkpoint, "text_encoder_2", device, dtype)
+        self._t5 = load_part(checkpoint, "text_encoder_2", device, dtype, "encoder.block" if visiting else None)
+        self._graphs: dict[int, _TextGraph] = {}
 
-    def __call__(self, t5_ids: Tensor, clip_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def capture(self, length: int, pool: tuple[int, int]) -> None:
+        if length not in self._graphs:
+            self._graphs[length] = _TextGraph(self, *self._ids(["a prompt"] * TEXT_BATCH, length), pool)
+
+    def __call__(self, prompts: Sequence[str], length: int) -> Iterator[tuple[str, Embedding]]:
+        """(prompt, (txt [L, width], vec [width])) of each prompt."""
+        graph = self._graphs.get(length)
+        for start in range(0, len(prompts), TEXT_BATCH):
+            part = list(prompts[start : start + TEXT_BATCH])
+            ids = self._ids(part + part[-1:] * (TEXT_BATCH - len(part)), length)
+            txt, vec = graph.run(*ids) if graph else self.encode(*ids)
+            yield from zip(part, zip(txt, vec, strict=True), strict=False)  # without the copies
+
+    def encode(self, t5_ids: Tensor, clip_ids: Tensor) -> tuple[Tensor, Tensor]:
         """t5_ids [B, L], clip_ids [B, 77] -> T5's last hidden state [B, L, width], CLIP's pooled output [B, width].
 
         No attention mask, as in FLUX: padding tokens are part of the text.
         """
         txt = self._t5(input_ids=t5_ids).last_hidden_state
         vec = self._clip(input_ids=clip_ids).pooler_output
-        return txt, vec
+        return txt.to(self._dtype), vec.to(self._dtype)
+
+    def _ids(self, prompts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
+        t5 = torch.tensor(self._tokenizers.t5(prompts, length))
+        clip = torch.tensor(self._tokenizers.clip(prompts))
+        if self._device == "cpu":
+            return t5, clip
+        return tuple(ids.pin_memory().to(self._device, non_blocking=True) for ids in (t5, clip))  # type: ignore[return-value]
+
+
+class _TextGraph:
+    """Both encoders at one text length, captured."""
+
+    def __init__(self, text: TextEncoders, t5_ids: Tensor, clip_ids: Tensor, pool: tuple[int, int]) -> None:
+        self._t5_ids, self._clip_ids = t5_ids, clip_ids
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            text.encode(t5_ids, clip_ids)  # so that planning and loading of kernels are over
+        torch.cuda.current_stream().wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, pool=pool):
+            self._out = text.encode(t5_ids, clip_ids)
+
+    def run(self, t5_ids: Tensor, clip_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """As `TextEncoders.encode`. The result is the graph's own, good until any graph of its pool runs."""
+        self._t5_ids.copy_(t5_ids)
+        self._clip_ids.copy_(clip_ids)
+        self._graph.replay()
+        return self._out
+
+
+class EmbeddingCache:
+    """The latest prompts' embeddings, so that a prompt of many images is encoded once."""
+
+    def __init__(self, limit: int = _CACHE_BYTES) -> None:
+        self._limit, self._bytes = limit, 0
+        self._kept: OrderedDict[tuple[str, int], Embedding] = OrderedDict()
+
+    def get(self, prompt: str, length: int) -> Embedding | None:
+        found = self._kept.get((prompt, length))
+        if found is not None:
+            self._kept.move_to_end((prompt, length))
+        return found
+
+    def put(self, prompt: str, length: int, embedding: Embedding) -> None:
+        self._kept[prompt, length] = embedding
+        self._bytes += _bytes(embedding)
+        while self._bytes > self._limit and len(self._kept) > 1:
+            self._bytes -= _bytes(self._kept.popitem(last=False)[1])
+
+
+def _bytes(embedding: Embedding) -> int:
+    return sum(each.nbytes for each in embedding)

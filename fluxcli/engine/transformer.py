@@ -1,8 +1,9 @@
 """The FLUX.1 denoiser: 19 dual-stream and 38 single-stream blocks that predict the velocity of image latents.
 
-Names and layout follow the diffusers checkpoint, with three differences made where weights load (`slots`): the query,
-key and value projections of a stream are one product, a single block's MLP-up joins them, and all modulation layers of
-all blocks are one product, done once per batch rather than in every step.
+Names and layout follow the diffusers checkpoint, with two differences made where weights load (`slots`): the query, key
+and value projections of a stream are one product, and so are all modulation layers of all blocks, done once per batch
+rather than in every step. The residual stream travels as `Pending`: a block's last update is added by the norm of the
+next.
 
 Shapes: B batch, L text tokens, I image tokens, S = L + I, D = heads * head dim, H heads.
 """
@@ -16,7 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fluxcli.engine.attention import attention
-from fluxcli.engine.ops import GELU, apply_rope, finite_in_half, modulate, qk_norm, timestep_embedding
+from fluxcli.engine.ops import (
+    Pending,
+    add_and_modulate,
+    linear_gelu,
+    linear_of_two,
+    qk_norm_rope,
+    timestep_embedding,
+)
 from fluxcli.errors import ModelError
 
 MLP_RATIO = 4  # fixed in FLUX.1; the config does not carry it
@@ -95,13 +103,12 @@ class Linear(nn.Module):
 
 
 class QKNorm(nn.Module):
+    """The weights of the RMSNorms over queries and keys."""
+
     def __init__(self, head_dim: int) -> None:
         super().__init__()
         self.query = nn.Parameter(torch.empty(head_dim), requires_grad=False)
         self.key = nn.Parameter(torch.empty(head_dim), requires_grad=False)
-
-    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        return qk_norm(q, self.query), qk_norm(k, self.key)
 
 
 class Embedder(nn.Module):
@@ -125,25 +132,22 @@ class Stream(nn.Module):
 
     def __init__(self, dim: int, head_dim: int) -> None:
         super().__init__()
-        self.head_dim = head_dim
         self.qkv = Linear(dim, 3 * dim)
         self.norm = QKNorm(head_dim)
         self.out = Linear(dim, dim)
         self.mlp_up = Linear(dim, MLP_RATIO * dim)
         self.mlp_down = Linear(MLP_RATIO * dim, dim)
 
-    def project(self, x: Tensor, mod: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, S, D] -> q, k, v [B, S, H, Dh]; q and k normalised."""
-        shift, scale = mod[:, 0], mod[:, 1]
-        q, k, v = self.qkv(modulate(x, shift, scale)).unflatten(-1, (3, -1, self.head_dim)).unbind(2)
-        return *self.norm(q, k), v
+    def project(self, stream: Pending, mod: Tensor) -> tuple[Tensor, Tensor]:
+        """The stream's value [B, S, D], and its q, k, v side by side [B, S, 3D]."""
+        x, normed = add_and_modulate(stream, mod[:, 0], mod[:, 1])
+        return x, self.qkv(normed)
 
-    def finish(self, x: Tensor, attended: Tensor, mod: Tensor) -> Tensor:
-        """Adds the attention's output [B, S, D] and then the MLP's to the stream."""
+    def finish(self, x: Tensor, attended: Tensor, mod: Tensor) -> Pending:
+        """The stream with the attention's output [B, S, D] added, and the MLP's still to add."""
         gate, mlp_shift, mlp_scale, mlp_gate = (mod[:, i] for i in range(2, DUAL_MODULATIONS))
-        x = x + gate[:, None] * self.out(attended)
-        up = F.gelu(self.mlp_up(modulate(x, mlp_shift, mlp_scale)), approximate=GELU)
-        return finite_in_half(x + mlp_gate[:, None] * self.mlp_down(up))
+        x, normed = add_and_modulate(Pending(x, gate, self.out(attended)), mlp_shift, mlp_scale)
+        return Pending(x, mlp_gate, self.mlp_down(linear_gelu(normed, self.mlp_up.weight, self.mlp_up.bias)))
 
     def slots(self, name: str, qkv: tuple[str, ...], norms: tuple[str, str], out: str, mlp: str) -> Slots:
         yield from self.qkv.slots(*(f"{name}.attn.{each}" for each in qkv))
@@ -159,17 +163,20 @@ class DualBlock(nn.Module):
 
     def __init__(self, dim: int, head_dim: int) -> None:
         super().__init__()
+        self.heads = dim // head_dim
         self.img = Stream(dim, head_dim)
         self.txt = Stream(dim, head_dim)
 
-    def forward(self, img: Tensor, txt: Tensor, pe: Rope, mod: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    def forward(self, img: Pending, txt: Pending, pe: Rope, mod: Tensor, backend: str) -> tuple[Pending, Pending]:
         """img [B, I, D], txt [B, L, D], mod [B, 12, D], image first -> the same two, one block on."""
         img_mod, txt_mod = mod[:, :DUAL_MODULATIONS], mod[:, DUAL_MODULATIONS:]
-        joint = zip(self.txt.project(txt, txt_mod), self.img.project(img, img_mod), strict=True)
-        q, k, v = (torch.cat(pair, dim=1) for pair in joint)
-        attended = attention(apply_rope(q, pe), apply_rope(k, pe), v, backend).flatten(2)
-        txt_attended, img_attended = attended.split((txt.shape[1], img.shape[1]), dim=1)
-        return self.img.finish(img, img_attended, img_mod), self.txt.finish(txt, txt_attended, txt_mod)
+        txt_x, txt_qkv = self.txt.project(txt, txt_mod)
+        img_x, img_qkv = self.img.project(img, img_mod)
+        norms = self.txt.norm, self.img.norm
+        queries, keys = [norm.query for norm in norms], [norm.key for norm in norms]
+        attended = attention(qk_norm_rope([txt_qkv, img_qkv], queries, keys, *pe, self.heads), backend).flatten(2)
+        txt_attended, img_attended = attended.split((txt_x.shape[1], img_x.shape[1]), dim=1)
+        return self.img.finish(img_x, img_attended, img_mod), self.txt.finish(txt_x, txt_attended, txt_mod)
 
     def slots(self, name: str) -> Slots:
         yield from self.img.slots(name, ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"), "to_out.0", "ff")
@@ -182,26 +189,26 @@ class SingleBlock(nn.Module):
 
     def __init__(self, dim: int, head_dim: int) -> None:
         super().__init__()
-        self.dim, self.head_dim = dim, head_dim
-        self.qkv_mlp = Linear(dim, (3 + MLP_RATIO) * dim)
+        self.heads = dim // head_dim
+        self.qkv = Linear(dim, 3 * dim)
         self.norm = QKNorm(head_dim)
+        self.mlp_up = Linear(dim, MLP_RATIO * dim)
         self.out = Linear((1 + MLP_RATIO) * dim, dim)
 
-    def forward(self, x: Tensor, pe: Rope, mod: Tensor, backend: str) -> Tensor:
-        """x [B, S, D], mod [B, 3, D] -> x, one block on."""
+    def forward(self, stream: Pending, pe: Rope, mod: Tensor, backend: str) -> Pending:
+        """The joint stream [B, S, D], mod [B, 3, D] -> the stream, one block on."""
         shift, scale, gate = mod.unbind(1)
-        qkv, mlp = self.qkv_mlp(modulate(x, shift, scale)).split((3 * self.dim, MLP_RATIO * self.dim), dim=-1)
-        q, k, v = qkv.unflatten(-1, (3, -1, self.head_dim)).unbind(2)
-        q, k = self.norm(q, k)
-        attended = attention(apply_rope(q, pe), apply_rope(k, pe), v, backend).flatten(2)
-        out = self.out(torch.cat((attended, F.gelu(mlp, approximate=GELU)), dim=-1))
-        return finite_in_half(x + gate[:, None] * out)
+        x, normed = add_and_modulate(stream, shift, scale)
+        qkv = qk_norm_rope([self.qkv(normed)], [self.norm.query], [self.norm.key], *pe, self.heads)
+        up = linear_gelu(normed, self.mlp_up.weight, self.mlp_up.bias)
+        out = linear_of_two(attention(qkv, backend).flatten(2), up, self.out.weight, self.out.bias)
+        return Pending(x, gate, out)
 
     def slots(self, name: str) -> Slots:
-        packed = (*(f"{name}.attn.{each}" for each in ("to_q", "to_k", "to_v")), f"{name}.proj_mlp")
-        yield from self.qkv_mlp.slots(*packed, rows=(self.dim,) * 3 + (MLP_RATIO * self.dim,))
+        yield from self.qkv.slots(*(f"{name}.attn.{each}" for each in ("to_q", "to_k", "to_v")))
         yield f"{name}.attn.norm_q.weight", self.norm.query
         yield f"{name}.attn.norm_k.weight", self.norm.key
+        yield from self.mlp_up.slots(f"{name}.proj_mlp")
         yield from self.out.slots(f"{name}.proj_out")
 
 
@@ -252,17 +259,17 @@ class Flux(nn.Module):
 
     def forward(self, img: Tensor, txt: Tensor, pe: Rope, mod: Tensor, backend: str = "sdpa") -> Tensor:
         """One step's velocity. img [B, I, in_channels], txt [B, L, D], mod [B, modulations, D] -> like img."""
-        x = self.x_embedder(img)
+        stream, text = Pending(self.x_embedder(img)), Pending(txt)
         start = 0
         for block in self.transformer_blocks:
-            x, txt = block(x, txt, pe, mod[:, start : start + 2 * DUAL_MODULATIONS], backend)
+            stream, text = block(stream, text, pe, mod[:, start : start + 2 * DUAL_MODULATIONS], backend)
             start += 2 * DUAL_MODULATIONS
-        x = torch.cat((txt, x), dim=1)
+        stream = Pending(torch.cat((text.settle(), stream.settle()), dim=1))
         for block in self.single_transformer_blocks:
-            x = block(x, pe, mod[:, start : start + SINGLE_MODULATIONS], backend)
+            stream = block(stream, pe, mod[:, start : start + SINGLE_MODULATIONS], backend)
             start += SINGLE_MODULATIONS
         scale, shift = mod[:, start], mod[:, start + 1]
-        return self.proj_out(modulate(x[:, txt.shape[1] :], shift, scale))
+        return self.proj_out(add_and_modulate(stream.tail(txt.shape[1]), shift, scale)[1])
 
     def slots(self) -> Slots:
         """Every tensor of the checkpoint, by its name there, with the view that holds it here."""

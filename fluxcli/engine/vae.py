@@ -1,9 +1,13 @@
 """Latents -> pixels, through diffusers' AutoencoderKL."""
 
+from typing import Any
+
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from fluxcli.checkpoints import Checkpoint
+from fluxcli.engine.ops import add_biased, group_norm_silu
 from fluxcli.engine.weights import load_part
 
 # Pixels decoded at once: one 1024x1024 picture, or several smaller ones. Bounds the decoder's memory at any batch size.
@@ -11,7 +15,8 @@ _PIXELS_AT_ONCE = 2**20
 
 
 class Decoder:
-    """The decoder half of the VAE. On CUDA it is compiled and runs channels-last."""
+    """The decoder half of the VAE. On CUDA it runs channels-last, its norms fused with what surrounds them; on a CPU
+    torch compiles it where `compile` says so."""
 
     def __init__(self, checkpoint: Checkpoint, device: str, dtype: torch.dtype, compile: bool) -> None:
         self._vae = load_part(checkpoint, "vae", device, dtype)
@@ -23,7 +28,8 @@ class Decoder:
         self._channels_last = device.startswith("cuda")
         if self._channels_last:
             self._vae.to(memory_format=torch.channels_last)
-        if compile:
+            fuse(self._vae.decoder)
+        elif compile:
             self._vae.decoder.compile(fullgraph=True, dynamic=False)
 
     def __call__(self, latents: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,6 +48,69 @@ class Decoder:
         finite = torch.isfinite(pixels).all(dim=(1, 2, 3))
         rounded = ((pixels * 0.5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
         return rounded.permute(0, 2, 3, 1).contiguous(), finite
+
+
+class FusedResnet(nn.Module):
+    """A ResnetBlock2D of diffusers with the same weights: between its convolutions each picture crosses memory as often
+    as it must. The convolutions leave their bias to the pass that follows."""
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self.norm1, self.conv1, self.norm2, self.conv2 = block.norm1, block.conv1, block.norm2, block.conv2
+        self.conv_shortcut = block.conv_shortcut
+
+    def forward(self, x: Tensor, temb: None = None) -> Tensor:
+        h = F.conv2d(_norm_silu(self.norm1, x), self.conv1.weight, padding=1)
+        h = F.conv2d(_norm_silu(self.norm2, h, self.conv1.bias), self.conv2.weight, padding=1)
+        return add_biased(x if self.conv_shortcut is None else self.conv_shortcut(x), h, self.conv2.bias)
+
+
+class FusedUpsample(nn.Module):
+    """An Upsample2D of diffusers, nearest neighbour and a convolution, with the same weights; torch's kernel for the
+    former is slow channels-last."""
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self.conv = block.conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, channels, height, width = x.shape
+        nhwc = x.permute(0, 2, 3, 1)[:, :, None, :, None].expand(batch, height, 2, width, 2, channels)
+        return self.conv(nhwc.reshape(batch, 2 * height, 2 * width, channels).permute(0, 3, 1, 2))
+
+
+class NormSiLU(nn.Module):
+    def __init__(self, norm: nn.GroupNorm) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _norm_silu(self.norm, x)
+
+
+def fuse(decoder: Any) -> None:
+    """Puts the fused blocks into diffusers' decoder, wherever a block is of the plain kind that FLUX.1 has."""
+    from diffusers.models.resnet import ResnetBlock2D
+    from diffusers.models.upsampling import Upsample2D
+
+    for parent in list(decoder.modules()):
+        for name, block in list(parent.named_children()):
+            if isinstance(block, ResnetBlock2D) and _is_plain(block):
+                setattr(parent, name, FusedResnet(block))
+            if isinstance(block, Upsample2D) and block.norm is None and block.use_conv and block.name == "conv":
+                setattr(parent, name, FusedUpsample(block))
+    if isinstance(decoder.conv_norm_out, nn.GroupNorm) and isinstance(decoder.conv_act, nn.SiLU):
+        decoder.conv_norm_out, decoder.conv_act = NormSiLU(decoder.conv_norm_out), nn.Identity()
+
+
+def _is_plain(block: Any) -> bool:
+    changes_size = block.upsample is not None or block.downsample is not None
+    timed = block.time_emb_proj is not None
+    return isinstance(block.nonlinearity, nn.SiLU) and block.output_scale_factor == 1 and not changes_size and not timed
+
+
+def _norm_silu(norm: nn.GroupNorm, x: Tensor, before: Tensor | None = None) -> Tensor:
+    return group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps, before)
 
 
 def chunk_size(batch: int, pixels: int) -> int:

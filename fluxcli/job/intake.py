@@ -27,6 +27,7 @@ class Intake:
     rows: int = 0
     done: int = 0
     truncated: int = 0
+    prompts: "array[int]" = field(default_factory=lambda: array("q"))  # of each image: the first with its prompt
     failures: list[Failure] = field(default_factory=list)
     _offset: "array[int]" = field(default_factory=lambda: array("q"))
     _index: "array[int]" = field(default_factory=lambda: array("q"))
@@ -49,7 +50,7 @@ class Intake:
         dropped = len(self.groups) - len(keep) + len(self.failures) - len(failures)
         self.failures = failures
         self.groups = [self.groups[image] for image in keep]
-        for name in ("_offset", "_index", "_line", "_copy", "_tokens"):
+        for name in ("prompts", "_offset", "_index", "_line", "_copy", "_tokens"):
             column = getattr(self, name)
             setattr(self, name, array(column.typecode, (column[image] for image in keep)))
         return dropped
@@ -82,15 +83,18 @@ def take_in(
     intake = Intake(source, defaults, text_lengths)
     seen: set[str] = set()
     interned: dict[Group, Group] = {}
+    first_with: dict[int, int] = {}  # by hash: should two prompts share one, they would only be neighbours
     chunk: list[tuple[int, int, list[tuple[int, PromptRecord]]]] = []
 
     def flush() -> None:
         counts = count_tokens([records[0][1].prompt for _, _, records in chunk])
         for (offset, index, records), tokens in zip(chunk, counts, strict=True):
             text_length = bucket(tokens, text_lengths)
+            first = first_with.setdefault(hash(records[0][1].prompt), len(intake.groups))
             for copy, record in records:
                 group = Group(record.height, record.width, text_length, record.num_inference_steps)
                 intake.groups.append(interned.setdefault(group, group))
+                intake.prompts.append(first)
                 intake._offset.append(offset)
                 intake._index.append(index)
                 intake._line.append(record.line)

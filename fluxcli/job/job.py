@@ -16,11 +16,12 @@ from fluxcli.errors import InputError, JobError
 from fluxcli.job import report
 from fluxcli.job.intake import Intake, Status, take_in
 from fluxcli.job.lock import utc_now
-from fluxcli.job.plan import Plan, padded_sizes, plan
+from fluxcli.job.plan import BatchSize, Plan, padded_sizes, plan, size_of
 from fluxcli.job.progress import Progress
 from fluxcli.job.prompts import PromptFile
 from fluxcli.job.runner import Engine, Runner, Stopped
 from fluxcli.job.store import JobStore, check_identity, committed_status, read_committed, read_failed
+from fluxcli.records import ShapeKey
 from fluxcli.tokenizers import Tokenizers
 
 
@@ -35,7 +36,7 @@ class Job:
     defaults: RowDefaults
     text_lengths: tuple[int, ...]
     image: ImageFormat
-    batch_size: int
+    batch_size: BatchSize
     limit: int | None = None
     strict: bool = False
     max_failures: int | None = None
@@ -104,14 +105,17 @@ class Job:
         return self.plan(self._take_in(source, lambda record: None))
 
     def plan(self, intake: Intake) -> Plan:
-        return plan(intake.groups, self.batch_size, padded_sizes(self.batch_size) if self.engine.pads_batches else None)
+        sizes_of = {group: size_of(self.batch_size, group) for group in set(intake.groups)}
+        sizes = padded_sizes(max(sizes_of.values(), default=1)) if self.engine.pads_batches else None
+        return plan(intake.groups, sizes_of.__getitem__, sizes, intake.prompts)
 
     def run(
-        self, make_engine: Callable[[], Engine], machine: dict[str, Any], say: Callable[[str], None]
+        self, make_engine: Callable[[list[ShapeKey]], Engine], machine: dict[str, Any], say: Callable[[str], None]
     ) -> tuple[int, dict[str, Any]]:
         """Does what is missing. Returns the exit code and the run's totals.
 
         Args:
+            make_engine: given every shape that it will have to run.
             machine: device, dtype and versions for runs.jsonl.
 
         Raises:
@@ -125,11 +129,12 @@ class Job:
                 skipped = 0 if self.retry_failed else intake.drop(store.failed_before)
                 for line in report.failure_lines(intake.failures):
                     say(line)
-                runner = Runner(store, intake, self.plan(intake), self.image, self.checkpoint.name, self.max_failures)
+                todo = self.plan(intake)
+                runner = Runner(store, intake, todo, self.image, self.checkpoint.name, self.max_failures)
                 status = 1
                 try:
                     with Progress(len(intake.groups)) as progress:
-                        runner.run(make_engine, progress)
+                        runner.run(lambda: make_engine(todo.shapes()), progress)
                     status = 3 if runner.totals.failures or skipped else 0
                 except Stopped as stop:
                     status = stop.exit_code

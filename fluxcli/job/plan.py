@@ -1,10 +1,12 @@
 """Rows -> batches. Pure: the same rows give the same plan, and nothing here knows files, prompts or devices."""
 
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from fluxcli.records import Group, ShapeKey
+
+BatchSize = int | Callable[[Group], int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,19 +44,31 @@ def bucket(text_tokens: int, text_lengths: Sequence[int]) -> int:
     return next((length for length in text_lengths if text_tokens <= length), text_lengths[-1])
 
 
+def size_of(batch_size: BatchSize, group: Group) -> int:
+    return batch_size if isinstance(batch_size, int) else batch_size(group)
+
+
 def padded_sizes(batch_size: int) -> tuple[int, ...]:
     """The batch sizes worth capturing a graph for: powers of two below `batch_size`, and itself."""
     sizes = [2**power for power in range(batch_size.bit_length()) if 2**power < batch_size]
     return (*sizes, batch_size)
 
 
-def plan(groups: Iterable[Group], batch_size: int, sizes: Sequence[int] | None = None) -> Plan:
+def plan(
+    groups: Iterable[Group],
+    batch_size: BatchSize,
+    sizes: Sequence[int] | None = None,
+    prompts: Sequence[int] | None = None,
+) -> Plan:
     """Batches of at most `batch_size` rows of one group each, largest shapes first, rows in input order within a group.
 
     Args:
         groups: each row's group, in input order.
-        sizes: the sizes a batch may run at, ascending and ending in `batch_size`; a short last batch is padded up to
-            the nearest. None runs every batch at its own size.
+        batch_size: the same for all groups, or each group's own.
+        sizes: the sizes a batch may run at, ascending and ending in the largest `batch_size`; a short last batch is
+            padded up to the nearest. None runs every batch at its own size.
+        prompts: each row's prompt, as the number of the first row that has it. Rows of one prompt then follow each
+            other, so that the engine encodes it once.
     """
     rows_of: dict[Group, array[int]] = {}
     for row, group in enumerate(groups):
@@ -62,8 +76,11 @@ def plan(groups: Iterable[Group], batch_size: int, sizes: Sequence[int] | None =
     batches = []
     for group in sorted(rows_of, key=_work, reverse=True):
         rows = rows_of[group]
-        for start in range(0, len(rows), batch_size):
-            part = rows[start : start + batch_size]
+        if prompts is not None:
+            rows = array("q", sorted(rows, key=prompts.__getitem__))
+        size = size_of(batch_size, group)
+        for start in range(0, len(rows), size):
+            part = rows[start : start + size]
             key = ShapeKey(_size(len(part), sizes), group.height, group.width, group.text_length)
             batches.append(PlannedBatch(key, group.num_inference_steps, part))
     return Plan(tuple(batches), None if sizes is None else tuple(sizes))

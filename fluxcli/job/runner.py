@@ -132,6 +132,7 @@ class Runner:
                 "started_at": self._started_at,
                 "finished_at": utc_now(),
                 "planned": len(self._intake.groups),
+                "shapes": [str(key) for key in self._plan.shapes()],
                 "images": totals.images,
                 "failures": totals.failures,
                 "seconds": round(totals.seconds, 3),

@@ -18,19 +18,26 @@ _SUFFIXES = {".png": "png", ".jpg": "jpg", ".jpeg": "jpg", ".webp": "webp"} | di
 )
 
 
+def shapes(records: Sequence[PromptRecord], batch_size: int) -> list[ShapeKey]:
+    """The shapes that `generate` runs, in its order."""
+    return [_key(records[start : start + batch_size]) for start in range(0, len(records), batch_size)]
+
+
 def generate(
     engine: Engine, records: Sequence[PromptRecord], batch_size: int, output: Path, format: ImageFormat, model: str
 ) -> Iterator[tuple[PromptRecord, Path]]:
     """Makes and writes each record's picture; never over an existing file."""
     for index, start in enumerate(range(0, len(records), batch_size)):
         part = records[start : start + batch_size]
-        first = part[0]
-        key = ShapeKey(len(part), first.height, first.width, first.text_length)
-        pictures = engine.submit(Batch(index, key, first.num_inference_steps, part)).result()
+        pictures = engine.submit(Batch(index, _key(part), part[0].num_inference_steps, part)).result()
         for slot, record in enumerate(part):
             if not pictures.finite[slot]:
                 raise JobError(f"seed {record.seed}: the model's output is not finite; nothing is written for it")
             yield record, _write(images.encode(pictures.pixels[slot], format, record, model), output, record, format)
+
+
+def _key(part: Sequence[PromptRecord]) -> ShapeKey:
+    return ShapeKey(len(part), part[0].height, part[0].width, part[0].text_length)
 
 
 def check_output(output: Path, count: int) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import textwrap
 from collections import Counter
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import torch
 from diffusers import FluxPipeline
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from jobs.tiny.judge import judge
 from jobs.tiny.pipeline import DIRECTORY, SIZE, STEPS
@@ -99,12 +100,31 @@ def score(pictures: list[Image.Image], wanted: list[Case], workers: Executor | N
     return {"right": sum(v.right for v in verdicts) / len(verdicts), "of": len(verdicts), "wrong": dict(wrong)}
 
 
-def contact_sheet(pictures: list[Image.Image], columns: int = 8, gap: int = 6) -> Image.Image:
+def contact_sheet(
+    pictures: list[Image.Image], prompts: list[str] | None = None, columns: int = 8, gap: int = 6
+) -> Image.Image:
+    """Pictures in rows, each over the whole of its prompt where there are any."""
+    font = ImageFont.load_default(11)
+    texts = ["\n".join(textwrap.wrap(prompt, 22)) for prompt in prompts or []]
+    below = 14 * max((text.count("\n") + 1 for text in texts), default=0)
     rows = -(-len(pictures) // columns)
-    sheet = Image.new("RGB", (columns * (SIZE + gap) + gap, rows * (SIZE + gap) + gap), (120, 120, 120))
+    width, height = SIZE + gap, SIZE + gap + below
+    sheet = Image.new(
+        "RGB", (columns * width + gap, rows * height + gap), (200, 200, 200) if texts else (120, 120, 120)
+    )
+    brush = ImageDraw.Draw(sheet)
     for number, picture in enumerate(pictures):
-        sheet.paste(picture, (gap + number % columns * (SIZE + gap), gap + number // columns * (SIZE + gap)))
+        x, y = gap + number % columns * width, gap + number // columns * height
+        sheet.paste(picture, (x, y))
+        if texts:
+            brush.multiline_text((x, y + SIZE), texts[number], (0, 0, 0), font, spacing=2)
     return sheet
+
+
+def sheet_cases() -> list[Case]:
+    """64 unseen prompts for a person to look at, none of them a paragraph: 16 single, 24 pairs, 24 of any kind."""
+    short = [case for case in cases("mixed", 64, 1) if len(case.prompt) <= 90]
+    return [*cases("single", 16, 1), *cases("pair", 24, 1), *short[:24]]
 
 
 def main() -> None:
@@ -117,7 +137,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--sheet", type=Path, help="write a contact sheet of 64 mixed prompts (and its prompts) here")
+    parser.add_argument("--sheet", type=Path, help="write a contact sheet of 64 unseen prompts here")
     arguments = parser.parse_args()
 
     pipeline = FluxPipeline.from_pretrained(arguments.directory, torch_dtype=getattr(torch, arguments.dtype))
@@ -128,10 +148,11 @@ def main() -> None:
             pictures = render(wanted, text_length=None if length == "auto" else int(length))
             print(json.dumps({"kind": kind, "text_length": length, **score(pictures, wanted)}), flush=True)
     if arguments.sheet:
-        wanted = [*cases("single", 16, 1), *cases("pair", 16, 1), *cases("mixed", 32, 1)]
-        contact_sheet(render(wanted)).quantize(128).save(arguments.sheet, optimize=True)
-        prompts = "".join(f"{case.prompt}\n" for case in wanted)
-        arguments.sheet.with_suffix(".txt").write_text(prompts, encoding="utf-8")
+        wanted = sheet_cases()
+        pictures = render(wanted)
+        sheet = contact_sheet(pictures, [case.prompt for case in wanted])
+        sheet.quantize(128).save(arguments.sheet, optimize=True)
+        print(json.dumps({"sheet": str(arguments.sheet), **score(pictures, wanted)}), flush=True)
 
 
 if __name__ == "__main__":

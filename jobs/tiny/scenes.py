@@ -100,7 +100,7 @@ def sample_spec(rng: random.Random, held_out: bool = False) -> Spec:
 
 
 def _sample_any(rng: random.Random) -> Spec:
-    kind = rng.choices(("single", "relation", "places"), (0.45, 0.43, 0.12))[0]
+    kind = rng.choices(("single", "relation", "places"), (0.35, 0.5, 0.15))[0]
     background = "white" if kind != "single" and rng.random() < 0.25 else rng.choice(COLOURS)
     colours = [colour for colour in COLOURS if colour != background]
     sized = rng.random() < 0.5

@@ -20,13 +20,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import count, islice
+from itertools import accumulate, count, islice
 from pathlib import Path
 
 import diffusers
 import torch
 import transformers
 from diffusers import AutoencoderKL, FluxPipeline
+from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers import transformer_flux
 from PIL import Image
 from torch import nn
@@ -42,10 +43,12 @@ VAE_BATCH = 96
 # Text length -> scenes a step, about as many tokens each, and the share of steps. Short captions appear at every
 # length, so that padding tells nothing.
 FLOW_BATCH = {64: 256, 128: 176, 256: 104, 512: 56}
-FLOW_SHARE = {64: 0.68, 128: 0.15, 256: 0.1, 512: 0.07}
+FLOW_SHARE = {64: 0.74, 128: 0.12, 256: 0.08, 512: 0.06}
+# Density of the flow's times, t = s u / (1 + (s - 1) u) of an even u: what a picture holds is decided near the noise.
+TIME_SHIFT = 3.0
 EMA_DECAY = 0.999
 WARM_UP = 300  # steps
-EVALUATION_SECONDS = 20  # left free by --fit for evaluations and writing
+FINAL_SECONDS = 12  # left free by --fit for the last evaluation and writing
 KL_WEIGHT = 1e-3  # of the mean KL per latent, beside the mean absolute error per colour value in -1..1
 LATENT_NOISE = 0.12  # most noise added to latents while the decoder learns, in deviations of the latents
 GUIDANCE = (0.0, 10.0)  # fed at random and never rewarded: the model learns to draw the same at any guidance
@@ -65,6 +68,21 @@ class Log:
             file.write(line + "\n")
 
 
+class Flat:
+    """Tensors like the given ones, zero at first, as views of one buffer: a single kernel updates them all."""
+
+    def __init__(self, like: list[torch.Tensor], dtype: torch.dtype):
+        starts = [0, *accumulate(-(-tensor.numel() // 8) * 8 for tensor in like)]  # 16 bytes, for fast matrix products
+        self.all = torch.zeros(starts[-1], dtype=dtype, device=like[0].device)
+        pairs = zip(starts, like, strict=False)
+        self.views = [self.all[start : start + tensor.numel()].view_as(tensor) for start, tensor in pairs]
+
+    def hold(self, parameters: list[torch.Tensor]) -> None:
+        """Take over the values of parameters, which become these views."""
+        for view, parameter in zip(self.views, parameters, strict=True):
+            parameter.data = view.copy_(parameter.data)
+
+
 class Trainer:
     """Networks, their running average and their optimizer; a step of any kind is one call, or one graph replay."""
 
@@ -79,46 +97,50 @@ class Trainer:
     ):
         self.networks = networks.to(device).train()
         self.average = copy.deepcopy(self.networks).requires_grad_(False).eval()
-        # The optimizer works on float32 copies; the networks compute in `dtype`.
-        self.masters = [parameter.detach().clone() for parameter in self.networks.parameters()]
-        for master in self.masters:
-            master.grad = torch.zeros_like(master)
-        self.networks.to(dtype)
         self.parameters = list(self.networks.parameters())
+        # The optimizer works on float32 copies; the networks compute in `dtype`.
+        self.master, self.mean, self.gradient = (Flat(self.parameters, torch.float32) for _ in range(3))
+        torch._foreach_copy_(self.master.views, [parameter.detach() for parameter in self.parameters])
+        self.mean.hold(list(self.average.parameters()))
+        self.networks.to(dtype)
+        self.weights = Flat(self.parameters, dtype)
+        self.weights.hold(self.parameters)
+        self.master.all.grad = self.gradient.all
         self.steps, self.peak, self.device = steps, peak, device
         self.done = 0
         self.rate = torch.zeros((), device=device)
-        self.decay = torch.zeros((), device=device)
+        self.forgetting = torch.zeros((), device=device)
         on_gpu = device.type == "cuda"
         self.optimizer = torch.optim.AdamW(
-            self.masters, lr=self.rate, betas=(0.9, 0.98), weight_decay=0.01, fused=on_gpu, capturable=on_gpu
+            [self.master.all], lr=self.rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True, capturable=on_gpu
         )
         self.pool = torch.cuda.graph_pool_handle() if on_gpu and capture else None
 
     def schedule(self) -> None:
         """Linear warm-up, then a cosine down to nothing; the average forgets faster while it is young."""
-        fall = 0.5 * (1 + math.cos(math.pi * self.done / self.steps))
+        fall = 0.5 * (1 + math.cos(math.pi * min(1.0, self.done / self.steps)))
         self.rate.fill_(self.peak * min(1.0, (self.done + 1) / WARM_UP) * fall)
-        self.decay.fill_(1 - min(EMA_DECAY, (1 + self.done) / (10 + self.done)))
+        self.forgetting.fill_(1 - min(EMA_DECAY, (1 + self.done) / (10 + self.done)))
 
     def update(self, loss: torch.Tensor) -> None:
         loss.backward()
         with torch.no_grad():
-            torch._foreach_copy_([master.grad for master in self.masters], [p.grad for p in self.parameters])
-            torch.nn.utils.clip_grad_norm_(self.masters, 1.0)
+            torch._foreach_copy_(self.gradient.views, [parameter.grad for parameter in self.parameters])
+            torch.nn.utils.clip_grad_norm_([self.master.all], 1.0)
             self.optimizer.step()
-            torch._foreach_copy_(self.parameters, self.masters)
-            average = list(self.average.parameters())
-            change = torch._foreach_sub(self.masters, average)
-            torch._foreach_mul_(change, self.decay)
-            torch._foreach_add_(average, change)
+            self.weights.all.copy_(self.master.all)
+            self.mean.all.lerp_(self.master.all, self.forgetting)
 
     def forget_gradients(self) -> None:
         for parameter in self.parameters:
             parameter.grad = None
 
     def stepper(self, loss_of: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-        """A function that makes one training step on `loss_of` and returns its loss; on CUDA a captured graph."""
+        """A function that makes one training step on `loss_of` and returns its loss; on CUDA a captured graph.
+
+        All graphs share one pool of memory: nothing but the loss outlives a replay, since each copies its gradients
+        out of it and the weights lie elsewhere.
+        """
 
         def step() -> torch.Tensor:
             self.forget_gradients()
@@ -149,8 +171,8 @@ class Trainer:
     def state(self) -> dict:
         random_state = torch.cuda.get_rng_state() if self.device.type == "cuda" else torch.get_rng_state()
         return {
-            "masters": self.masters,
-            "average": self.average.state_dict(),
+            "master": self.master.all.detach(),
+            "mean": self.mean.all,
             "done": self.done,
             "steps": self.steps,
             "optimizer": self.optimizer.state_dict(),
@@ -159,9 +181,9 @@ class Trainer:
 
     def load(self, state: dict) -> None:
         with torch.no_grad():
-            torch._foreach_copy_(self.masters, state["masters"])
-            torch._foreach_copy_(self.parameters, self.masters)
-        self.average.load_state_dict(state["average"])
+            self.master.all.copy_(state["master"])
+            self.weights.all.copy_(self.master.all)
+            self.mean.all.copy_(state["mean"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.optimizer.param_groups[0]["lr"] = self.rate  # load_state_dict made a copy
         self.done, self.steps = state["done"], state["steps"]
@@ -241,11 +263,25 @@ def flow_networks(pipeline: FluxPipeline, fresh: bool) -> nn.ModuleDict:
 def rotate(x: torch.Tensor, freqs: tuple[torch.Tensor, torch.Tensor], sequence_dim: int = 1) -> torch.Tensor:
     """diffusers' rotary embedding as one complex product: a third of the kernels, equal to rounding.
 
-    x [B, S, heads, D]; freqs are cosines and sines [S, D], each value twice.
+    x [B, S, heads, D]; freqs are cosines and sines [S, D], each value twice. Inductor fuses diffusers' own form.
     """
+    if torch.compiler.is_compiling():
+        return apply_rotary_emb(x, freqs, sequence_dim=sequence_dim)
     turn = torch.complex(freqs[0][:, ::2], freqs[1][:, ::2])[None, :, None]
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
+
+
+def once_a_length(embed: Callable[[torch.Tensor], tuple]) -> Callable[[torch.Tensor], tuple]:
+    """`embed`, called only once for each number of tokens: training knows no other positions of that many."""
+    known: dict[int, tuple] = {}
+
+    def remembered(ids: torch.Tensor) -> tuple:
+        if len(ids) not in known:
+            known[len(ids)] = embed(ids)
+        return known[len(ids)]
+
+    return remembered
 
 
 def eligible(pool: Pool) -> dict[int, torch.Tensor]:
@@ -293,19 +329,25 @@ def flow_loss(
     fixed: FixedInputs,
     attention: SDPBackend,
 ) -> torch.Tensor:
-    """Mean squared error of the velocity `noise - latents` at random times, captions padded to the fixed length."""
+    """Mean squared error of the velocity `noise - latents` at random times, captions padded to the fixed length.
+
+    Where the networks are compiled, that counts for the shortest length, which most steps have: each more takes as
+    long to compile as it saves.
+    """
     device, length = latents.device, fixed.length
     pick = among[torch.randint(len(among), (batch,), device=device)]
     t5_ids = nn.functional.pad(pool.t5_ids[pick, :length].long(), (0, max(0, length - LONGEST)))
     clean = latents[pick].float()
     noise = torch.randn_like(clean)
-    # Times spread evenly over 0..1 within the batch: as even as the sampler's steps, with less variance than chance.
-    time = (torch.arange(batch, device=device) + torch.rand(batch, device=device)) / batch
+    # Times spread evenly within the batch before they are shifted: less variance than chance.
+    even = (torch.arange(batch, device=device) + torch.rand(batch, device=device)) / batch
+    time = TIME_SHIFT * even / (1 + (TIME_SHIFT - 1) * even)
     guidance = torch.empty(batch, device=device).uniform_(*GUIDANCE)
     dtype = networks["transformer"].dtype
-    txt = networks["text_encoder_2"](t5_ids, attention_mask=fixed.t5_mask)[0]
-    vec = networks["text_encoder"](pool.clip_ids[pick].long(), attention_mask=fixed.clip_mask).pooler_output
-    with sdpa_kernel(attention):
+    stance = "default" if length == min(FLOW_BATCH) else "force_eager"
+    with torch.compiler.set_stance(stance), sdpa_kernel(attention):
+        txt = networks["text_encoder_2"](t5_ids, attention_mask=fixed.t5_mask)[0]
+        vec = networks["text_encoder"](pool.clip_ids[pick].long(), attention_mask=fixed.clip_mask).pooler_output
         velocity = networks["transformer"](
             hidden_states=torch.lerp(clean, noise, time[:, None, None]).to(dtype),
             timestep=time,
@@ -386,13 +428,14 @@ class Run:
     def train(
         self, trainer: Trainer, stage: str, next_step: Callable[[], torch.Tensor], evaluate: Callable[[], dict]
     ) -> None:
-        """Steps until the stage is done or the time is up; log, evaluate and keep at even intervals.
+        """Steps until the stage is done or the time is up; log, evaluate and keep now and then.
 
-        With --fit, the pace of the first steps decides how many there will be, and the log says so.
+        With --fit, the pace so far decides again and again how many steps there will be, and the log says so.
         """
         arguments = self.arguments
-        fit_at = trainer.done + 2 * arguments.log_every if arguments.fit and not trainer.done else -1
-        total, since, begun = torch.zeros((), device=self.device), 0, time.monotonic()
+        total, since = torch.zeros((), device=self.device), 0
+        begun = logged = kept = time.monotonic()
+        before = trainer.done
         while trainer.done < trainer.steps and time.monotonic() < self.deadline:
             trainer.schedule()
             total += next_step()
@@ -400,17 +443,21 @@ class Run:
             since += 1
             if trainer.done % arguments.log_every == 0 or trainer.done == trainer.steps:
                 loss = total.item() / since
-                pace = since / (time.monotonic() - begun)
-                self.log(stage=stage, step=trainer.done, loss=round(loss, 5), steps_per_second=round(pace, 1))
+                if not math.isfinite(loss):  # what was kept last is still good
+                    raise SystemExit(f"the loss of {stage} is {loss} at step {trainer.done}; try a lower rate")
+                now = time.monotonic()
+                if arguments.fit:
+                    pace = (trainer.done - before) / (now - begun)  # evaluations included
+                    left = max(0.0, self.deadline - FINAL_SECONDS - now)
+                    trainer.steps = trainer.done + int(pace * left)
+                pace = round(since / (now - logged), 1)
+                self.log(stage=stage, step=trainer.done, of=trainer.steps, loss=round(loss, 5), steps_per_second=pace)
                 total.zero_()
-                since, begun = 0, time.monotonic()
-                if trainer.done == fit_at:
-                    trainer.steps = trainer.done + int(pace * max(0.0, self.deadline - begun - EVALUATION_SECONDS))
-                    self.log(stage=stage, fitted_steps=trainer.steps)
-            if trainer.done % arguments.keep_every == 0 and trainer.done < trainer.steps:
-                self.log(stage=stage, step=trainer.done, **evaluate())
-                self.keep(trainer, stage)
-                begun = time.monotonic()
+                since, logged = 0, now
+                if now - kept > arguments.keep_seconds and trainer.done < trainer.steps:
+                    self.log(stage=stage, step=trainer.done, **evaluate())
+                    self.keep(trainer, stage)
+                    logged = kept = time.monotonic()
         self.log(stage=stage, step=trainer.done, finished=trainer.done == trainer.steps, **evaluate())
         self.keep(trainer, stage)
 
@@ -444,7 +491,13 @@ class Run:
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32  # CPUs are slow in bfloat16
         trainer = Trainer(networks, arguments.flow_steps, arguments.flow_rate, self.device, arguments.capture, dtype)
         self.resume(trainer, "flow")
+        trained = trainer.networks["transformer"]
+        trained.pos_embed.forward = once_a_length(trained.pos_embed.forward)
         transformer_flux.apply_rotary_emb = rotate
+        if arguments.compile:
+            trained.compile_repeated_blocks()  # each kind once
+            for encoder in ("text_encoder", "text_encoder_2"):
+                trainer.networks[encoder].compile()
         attention = SDPBackend.__members__[arguments.attention.upper()]
         trainer.schedule()
         steppers = {}
@@ -461,7 +514,7 @@ class Run:
 
         def evaluate(kinds: tuple[str, ...] = KINDS, text_length: int | None = None) -> dict:
             scores = {}
-            for kind in kinds:
+            for kind in kinds if arguments.cases else ():
                 wanted = cases(kind, arguments.cases)
                 pictures = draw(self.pipeline, wanted, text_length, batch=256)
                 scores[kind] = score(pictures, wanted, self.workers)
@@ -491,6 +544,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--flow-scale", type=float, default=1.0, help="multiplies the scenes of a step")
     parser.add_argument("--flow-rate", type=float, default=1.5e-3)
     parser.add_argument("--capture", action=argparse.BooleanOptionalAction, default=True, help="use CUDA graphs")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=cuda, help="use torch.compile")
     parser.add_argument(
         "--attention",
         default="flash_attention" if cuda else "math",
@@ -498,8 +552,8 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--fit", action="store_true", help="choose each stage's steps so as to end by --seconds")
     parser.add_argument("--log-every", type=int, default=250)
-    parser.add_argument("--keep-every", type=int, default=5000)
-    parser.add_argument("--cases", type=int, default=256, help="unseen prompts of each kind in an evaluation")
+    parser.add_argument("--keep-seconds", type=float, default=120, help="evaluate and write after this long")
+    parser.add_argument("--cases", type=int, default=256, help="unseen prompts of each kind in an evaluation, or 0")
     parser.add_argument("--final-lengths", action="store_true", help="evaluate at every text length at the end")
     parser.add_argument("--seconds", type=float, default=1e9, help="stop and keep what there is after this long")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")

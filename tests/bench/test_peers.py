@@ -17,7 +17,8 @@ both = pytest.mark.parametrize("shape", [DEV, SCHNELL], ids=lambda shape: shape.
 
 
 def engine_of(directory, dtype: str = "float32") -> Engine:
-    return Engine(resolve(str(directory)), resolve_device("cpu", dtype, None, "auto"))
+    with torch.inference_mode(False):  # weights are read by threads of their own, which no mode reaches
+        return Engine(resolve(str(directory)), resolve_device("cpu", dtype, None, "auto"))
 
 
 @pytest.fixture(autouse=True)

@@ -587,3 +587,26 @@ def test_a_stopped_job_keeps_what_is_committed_and_a_rerun_finishes_it(
     rows = read_rows(manifest)
     assert {row["id"] for row in rows} == {f"{n:06d}" for n in range(ROWS)}
     check_consistent(tmp_path / "out", rows)
+
+
+def test_an_automatic_batch_size_is_planned_recorded_and_kept(inside, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("FLUXCLI_CACHE", str(tmp_path / "cache"))
+    write_rows(tmp_path / "in.jsonl", [{"prompt": f"{number}"} for number in range(3)])
+    options = ("in.jsonl", *SMALL, "--batch-size", "auto", "--json")
+    planned = [inside("batch", *options, "--dry-run").json["shapes"] for _ in range(2)]
+    assert planned[0] == planned[1]
+    assert inside("batch", *options, "-o", "out").returncode == 0
+    (shape,) = planned[0]
+    (run,) = read_rows(tmp_path / "out" / "runs.jsonl")
+    assert run["shapes"] == [f"{shape['batch_size']} x 64x64, text {shape['text_length']}"]
+    assert {row["batch"]["size"] for row in read_rows(tmp_path / "out" / "manifest.jsonl")} <= {1, 2, 3}
+    (tmp_path / "job.toml").write_text('batch-size = "auto"')
+    configured = inside("batch", "in.jsonl", *SMALL, "--config", "job.toml", "--dry-run", "--json")
+    assert configured.json["shapes"] == planned[0]
+
+
+@pytest.mark.parametrize("size", ["0", "1025", "many", "-1", "1.5"])
+def test_a_batch_size_that_cannot_be_meant_is_wrong_usage(inside, size: str) -> None:
+    result = inside("gen", "a", "-m", "tiny", "--batch-size", size)
+    assert result.returncode == 2
+    assert "--batch-size" in result.stderr

@@ -1,10 +1,18 @@
 """`fluxcli warmup`: the shapes of an input, or of given sizes, made ready and reported."""
 
+import json
+import os
 import time
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from fluxcli.checkpoints import resolve
+from fluxcli.config import EngineConfig
+from fluxcli.engine import portable
+from fluxcli.engine.cache import CompileCache
 from tests.cli.conftest import SMALL, files
 from tests.conftest import write_rows
 
@@ -57,3 +65,155 @@ def test_what_was_warmed_up_is_compiled_once_and_comes_from_the_cache_the_next_t
         assert result.json["seconds"] <= time.perf_counter() - start
     assert states == [["cold"], ["cached"]]
     assert any((tmp_path / "cache").rglob("*"))
+
+
+# Caches that travel. What a compiler would have left is put there by hand, except in the slow test.
+
+ONE = ("-m", "tiny", "--size", "64x64", "--batch-size", 1, "--text-lengths", 64)
+
+
+def cache(home: Path, monkeypatch: pytest.MonkeyPatch, dtype: str = "float32") -> CompileCache:
+    monkeypatch.setenv("FLUXCLI_CACHE", str(home))
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(name, "")  # restored afterwards
+    return CompileCache(resolve("tiny"), EngineConfig("cpu", dtype, True))
+
+
+def fill(made: CompileCache) -> None:
+    """One kernel in Triton's layout: its parts, and the file that lists them by absolute path; and a choice."""
+    kernel = made.directory / "triton" / "KEY"
+    kernel.mkdir(parents=True)
+    (kernel / "gelu.cubin").write_bytes(bytes(range(256)))
+    listed = {"child_paths": {"gelu.cubin": str(kernel / "gelu.cubin")}}
+    (kernel / "__grp__gelu.json").write_text(json.dumps(listed))
+    (made.directory.parents[2] / "flash-attn-4").mkdir()
+    (made.directory.parents[2] / "flash-attn-4" / "forward.o").write_bytes(b"forward")
+    made.add("attention.json", {"1x128x2x32": "sdpa", "2x128x2x32": "sdpa"})
+
+
+@pytest.fixture
+def exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    there = cache(tmp_path / "there", monkeypatch)
+    fill(there)
+    assert portable.export(there, tmp_path / "cache.zip") == (tmp_path / "cache.zip").stat().st_size
+    return tmp_path / "cache.zip"
+
+
+def test_a_cache_arrives_whole_elsewhere(exported: Path, inside, tmp_path: Path, monkeypatch) -> None:
+    here = cache(tmp_path / "here", monkeypatch)
+    here.add("attention.json", {"2x128x2x32": "fa4", "4x128x2x32": "fa4"})
+    done = inside("warmup", "-m", "tiny", "--import", exported, "--json")
+    assert done.returncode == 0, done.stderr
+    assert done.json["imported"] == 4
+    kernel = here.directory / "triton" / "KEY"
+    assert (kernel / "gelu.cubin").read_bytes() == bytes(range(256))
+    listed = json.loads((kernel / "__grp__gelu.json").read_text())
+    assert listed == {"child_paths": {"gelu.cubin": str(kernel / "gelu.cubin")}}
+    choices = {name: here.attention(f"{name}x128x2x32") for name in "124"}
+    assert choices == {"1": "sdpa", "2": "sdpa", "4": "fa4"}
+    assert files(tmp_path / "here")["flash-attn-4/forward.o"] == b"forward"
+    assert len(files(tmp_path / "here")) == 4
+
+
+def test_a_file_that_exists_is_not_overwritten(exported: Path, inside) -> None:
+    before = exported.read_bytes()
+    done = inside("warmup", *ONE, "--export", exported)
+    assert done.returncode == 1
+    assert "loading" not in done.stderr
+    assert f"{exported}: exists already" in done.stderr
+    assert exported.read_bytes() == before
+
+
+def test_a_place_that_cannot_be_written_is_told_before_loading(inside, tmp_path: Path) -> None:
+    done = inside("warmup", *ONE, "--export", tmp_path / "nowhere" / "cache.zip")
+    assert done.returncode == 1
+    assert "loading" not in done.stderr
+    assert "nowhere is not a directory" in done.stderr
+
+
+def test_nothing_compiled_is_nothing_to_carry(inside, tmp_path: Path, monkeypatch) -> None:
+    cache(tmp_path / "empty", monkeypatch)
+    done = inside("warmup", *ONE, "--export", "cache.zip")
+    assert done.returncode == 1
+    assert "nothing was compiled" in done.stderr
+    assert not files(tmp_path)
+
+
+def rewritten(file: Path, name: str, change: Callable[[bytes], bytes]) -> None:
+    with zipfile.ZipFile(file) as archive:
+        contents = {each: archive.read(each) for each in archive.namelist()}
+    contents[name] = change(contents.get(name, b""))
+    with zipfile.ZipFile(file, "w") as archive:
+        for each, data in contents.items():
+            archive.writestr(each, data)
+
+
+def elsewhere(file: Path, **header: object) -> None:
+    rewritten(file, "header.json", lambda data: json.dumps({**json.loads(data), **header}).encode())
+
+
+def scratched(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    middle = data.index(b"gelu.cubin") + 40
+    data[middle] ^= 0xFF
+    file.write_bytes(data)
+
+
+REFUSED: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
+    "another torch": (lambda file: elsewhere(file, torch="1.0"), ("torch 1.0 there and",)),
+    "another gpu": (lambda file: elsewhere(file, gpu="NVIDIA H100"), ("gpu NVIDIA H100 there and None here",)),
+    "another cuda": (lambda file: elsewhere(file, cuda="12.9"), ("cuda 12.9 there and None here",)),
+    "another model": (lambda file: elsewhere(file, architecture="flux-0"), ("architecture flux-0 there",)),
+    "another fluxcli": (lambda file: elsewhere(file, fluxcli="0.0"), ("fluxcli 0.0 there",)),
+    "no zip": (lambda file: file.write_bytes(b"x" * 100), ("damaged, or not a file that warmup --export wrote",)),
+    "half of one": (lambda file: file.write_bytes(file.read_bytes()[:300]), ("damaged, or not a file",)),
+    "a bit that turned": (scratched, ("damaged, or not a file",)),
+    "some other zip": (lambda file: zipfile.ZipFile(file, "w").close(), ("damaged, or not a file",)),
+    "a path that leads out": (lambda file: rewritten(file, "files/../../x", lambda data: b"x"), ("has no place",)),
+    "artifacts that are none": (lambda file: rewritten(file, "torch.bin", lambda data: b"x"), ("torch cannot read",)),
+    "no file": (lambda file: file.unlink(), ("No such file",)),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_file_from_elsewhere_is_refused_with_the_reason(
+    case: str, exported: Path, inside, tmp_path: Path, monkeypatch
+) -> None:
+    harm, reasons = REFUSED[case]
+    harm(exported)
+    cache(tmp_path / "here", monkeypatch)
+    done = inside("warmup", *ONE, "--import", exported)
+    assert done.returncode == 1
+    assert "loading" not in done.stderr
+    assert f"--import {exported}" in done.stderr
+    for reason in reasons:
+        assert reason in done.stderr
+    assert not (tmp_path / "here").exists()
+
+
+def test_another_dtype_is_refused(exported: Path, inside) -> None:
+    done = inside("warmup", *ONE, "--dtype", "bfloat16", "--import", exported)
+    assert done.returncode == 1
+    assert "dtype float32 there and bfloat16 here" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "device", [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=pytest.mark.gpu)]
+)
+def test_after_an_import_nothing_is_compiled(device: str, command, tmp_path: Path) -> None:
+    visible = {} if device == "cpu" else {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0")}
+
+    def warmup(home: str, *options: object) -> list[str]:
+        environment = {"FLUXCLI_CACHE": str(tmp_path / home), **visible}
+        options = (*ONE, "--compile", "--device", device, "--json", *options)
+        result = command("warmup", *options, cwd=tmp_path, env=environment)
+        assert result.returncode == 0, result.stderr
+        return [shape["state"] for shape in result.json["shapes"]]
+
+    def built(home: str) -> set[str]:
+        return {name for name in files(tmp_path / home) if name.endswith((".so", ".cubin"))}
+
+    assert warmup("there", "--export", "cache.zip") == ["cold"]
+    (tmp_path / "there").rename(tmp_path / "gone")
+    assert warmup("here", "--import", "cache.zip") == ["cached"]
+    assert built("here") == built("gone") != set()

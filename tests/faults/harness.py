@@ -73,7 +73,7 @@ def job(input: Path, directory: Path, **options: Any) -> Job:
 def run(input: Path, directory: Path, engine: SeedEngine | None = None, **options: Any) -> int:
     """The job's exit code."""
     made = job(input, directory, **options)
-    status, _ = made.run(lambda: engine or SeedEngine(), {"device": "seed", "versions": {}}, lambda text: None)
+    status, _ = made.run(lambda shapes: engine or SeedEngine(), {"device": "seed", "versions": {}}, lambda text: None)
     return status
 
 

@@ -111,3 +111,21 @@ def test_a_bucket_is_the_smallest_that_holds_the_prompt_else_the_largest(tokens:
 def test_no_rows_make_no_batches() -> None:
     assert len(plan([], 8)) == 0
     assert plan([], 8).shapes() == []
+
+
+@given(_inputs, _batch_sizes, st.data())
+def test_rows_of_one_prompt_follow_each_other(groups: list[Group], batch_size: int, data: st.DataObject) -> None:
+    drawn = [data.draw(st.integers(0, 5)) for _ in groups]
+    first = [drawn.index(prompt) for prompt in drawn]
+    order = [row for batch in plan(groups, batch_size, prompts=first) for row in batch.rows]
+    assert sorted(order) == list(range(len(groups)))
+    runs = [key for key, _ in itertools.groupby((groups[row], first[row]) for row in order)]
+    assert len(runs) == len(set(runs))
+
+
+def test_each_group_may_have_its_own_batch_size() -> None:
+    small, large = Group(64, 64, 64, 4), Group(128, 128, 64, 4)
+    made = plan([small] * 10 + [large] * 3, {small: 8, large: 2}.__getitem__, (1, 2, 4, 8))
+    assert [(batch.key.height, batch.key.batch_size, len(batch.rows)) for batch in made] == [
+        (128, 2, 2), (128, 1, 1), (64, 8, 8), (64, 2, 2),
+    ]  # fmt: skip

@@ -1,6 +1,7 @@
 """The built-in model draws what unseen prompts say, through diffusers, from the weights that ship.
 
-The floors are what the shipped weights reach less some room, not the aims; those are in jobs/tiny/README.md.
+The floors are what the shipped weights reach less some room, not the aims; those are in jobs/tiny/README.md. How the
+settings of fluxcli bear on adherence is test_adherence.py's matter.
 """
 
 import random
@@ -49,22 +50,6 @@ def test_unseen_single_objects(pipeline: FluxPipeline) -> None:
     result = score(draw(pipeline, wanted), wanted)
     assert result["right"] >= 0.75, result
     assert result["wrong"].get("background", 0) == 0, result
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("text_length", [64, 128, 256, 512])
-def test_any_text_length_draws_as_well(pipeline: FluxPipeline, text_length: int) -> None:
-    wanted = cases("single", 60)
-    result = score(draw(pipeline, wanted, text_length), wanted)
-    assert result["right"] >= 0.75, result
-
-
-@pytest.mark.slow
-def test_bfloat16_draws_as_well() -> None:
-    wanted = cases("single", 60)
-    pipeline = FluxPipeline.from_pretrained(DIRECTORY, torch_dtype=torch.bfloat16)
-    result = score(draw(pipeline, wanted), wanted)
-    assert result["right"] >= 0.75, result
 
 
 def test_batch_size_changes_nothing_to_be_seen(pipeline: FluxPipeline) -> None:

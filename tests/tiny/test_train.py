@@ -5,10 +5,27 @@ import random
 import pytest
 import torch
 from diffusers import FluxPipeline
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from jobs.tiny.data import build_pool
+from jobs.tiny.data import LONGEST, Pool, build_pool
 from jobs.tiny.pipeline import DIRECTORY
-from jobs.tiny.train import Trainer, eligible, encode, fixed_inputs, flow_loss, flow_networks, lengths_of_steps, rotate
+from jobs.tiny.train import (
+    Trainer,
+    eligible,
+    encode,
+    fixed_inputs,
+    flow_loss,
+    flow_networks,
+    lengths_of_steps,
+    once_a_length,
+    rotate,
+)
+from jobs.tiny.vocabulary import CLIP_LENGTH
+
+MATH = torch.nn.attention.SDPBackend.MATH
 
 
 def test_the_order_of_text_lengths_survives_an_interruption() -> None:
@@ -31,6 +48,85 @@ def test_pool_is_the_same_in_any_number_of_parts() -> None:
     assert all(0 < length <= 256 for length in one.lengths.tolist())
 
 
+def test_a_step_is_adamw_on_the_parameters_one_by_one() -> None:
+    torch.manual_seed(0)
+    networks = nn.ModuleDict({"one": nn.Linear(5, 3), "two": nn.Linear(3, 7)})
+    plain = [parameter.detach().clone().requires_grad_() for parameter in networks.parameters()]
+    trainer = Trainer(networks, 100, 0.1, torch.device("cpu"), capture=False)
+    optimizer = torch.optim.AdamW(plain, lr=0.1, betas=(0.9, 0.98), weight_decay=0.01)
+    x, mean = torch.randn(4, 5), [parameter.detach().clone() for parameter in plain]
+    step = trainer.stepper(lambda: (100 * networks["two"](networks["one"](x))).square().mean())  # enough to be clipped
+    for _ in range(3):
+        trainer.schedule()
+        optimizer.param_groups[0]["lr"] = trainer.rate.item()
+        first, bias, second, offset = plain
+        loss = (100 * (((x @ first.T + bias) @ second.T) + offset)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(plain, 1.0)
+        optimizer.step()
+        mean = [old.lerp(new.detach(), trainer.forgetting.item()) for old, new in zip(mean, plain, strict=True)]
+        assert step().item() == pytest.approx(loss.item(), rel=1e-4)
+        trainer.done += 1
+    for got, wanted in zip(networks.parameters(), plain, strict=True):
+        torch.testing.assert_close(got, wanted)
+    for got, wanted in zip(trainer.average.parameters(), mean, strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+class FromHost(TorchFunctionMode):
+    """Finds calls that bring values from Python to the device, or back: a CUDA graph cannot capture those."""
+
+    CALLS = ("tensor", "as_tensor", "from_numpy", "item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__float__")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__name__", "") in self.CALLS:
+            self.found.append(function.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+class OnHost(TorchDispatchMode):
+    """Finds operations on tensors that lie on the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs, out)) if isinstance(leaf, torch.Tensor)]
+        if any(leaf.device.type == "cpu" for leaf in leaves):
+            self.found.append(str(function))
+        return out
+
+
+def test_a_step_of_the_flow_never_meets_the_host() -> None:
+    """What a CUDA graph asks for, on the "meta" device, which stands for any that is not the host."""
+    device, count, length = torch.device("meta"), 8, 64
+    pipeline = FluxPipeline.from_pretrained(DIRECTORY, torch_dtype=torch.bfloat16)
+    networks = flow_networks(pipeline, fresh=False).to(device)
+    networks["transformer"].pos_embed.forward = once_a_length(networks["transformer"].pos_embed.forward)
+    ids = [torch.zeros(count, width, dtype=torch.int16, device=device) for width in (LONGEST, CLIP_LENGTH)]
+    pool = Pool(torch.zeros(count, 11, device=device), *ids, torch.ones(count, dtype=torch.int32, device=device))
+    latents, among = torch.zeros(count, 64, 64, device=device), torch.arange(count, device=device)
+    fixed = fixed_inputs(length, device, torch.bfloat16)
+
+    def loss() -> torch.Tensor:
+        return flow_loss(networks, pool, latents, among, 4, fixed, MATH)
+
+    loss().backward()  # a warm-up may meet it
+    with FromHost() as calls, OnHost() as operations:
+        loss().backward()
+    assert not calls.found and not operations.found, (calls.found, operations.found)
+    with FromHost() as calls:  # and it would be found
+        torch.tensor(1.0, device=device)
+    assert calls.found == ["tensor"]
+
+
 @pytest.mark.slow
 def test_resuming_repeats_the_uninterrupted_run() -> None:
     device = torch.device("cpu")
@@ -43,9 +139,7 @@ def test_resuming_repeats_the_uninterrupted_run() -> None:
         return trainer, encode(pipeline.vae.eval(), pool.rows)
 
     def losses(trainer: Trainer, latents: torch.Tensor, count: int) -> list[float]:
-        step = trainer.stepper(
-            lambda: flow_loss(trainer.networks, pool, latents, among, 4, fixed, torch.nn.attention.SDPBackend.MATH)
-        )
+        step = trainer.stepper(lambda: flow_loss(trainer.networks, pool, latents, among, 4, fixed, MATH))
         found = []
         for _ in range(count):
             trainer.schedule()

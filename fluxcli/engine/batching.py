@@ -1,0 +1,141 @@
+"""The largest useful batch, for `--batch-size auto`.
+
+A batch is useful up to the knee: the number of tokens from which on more of them make no token cheaper. It belongs to
+the machine, the architecture and the dtype; it is measured once and kept in the compile cache. Three blocks in FLUX's
+proportions (one dual, two single) run on 1, 2, 4, … pictures of 512 tokens, on a GPU as a replayed graph, as the engine
+runs them; the knee is the smallest number of tokens whose time per token is within 5 % of the best. A picture of
+1024x1024 has 4096 tokens beside its text's, one of 256x256 has 256: the same knee is few pictures there and many here.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from statistics import median
+
+import torch
+
+from fluxcli.checkpoints import Checkpoint
+from fluxcli.config import EngineConfig
+from fluxcli.engine import attention, memory, sampling, weights
+from fluxcli.engine.cache import CompileCache
+from fluxcli.engine.device import DTYPES
+from fluxcli.engine.ops import rope
+from fluxcli.engine.transformer import ROPE_THETA, Flux, FluxConfig
+from fluxcli.records import Group, ShapeKey
+
+_SIDE, _TEXT = 16, 256  # of the measured picture: 16 x 16 image tokens, 256 text tokens
+_PICTURES = (1, 2, 4, 8, 16, 32, 64)
+_NEAR = 1.05
+_LONG = 0.2  # seconds; where three blocks take longer, as on CPUs, larger batches are not tried
+_CHOICES, _KNEE = "batching.json", "knee_tokens"
+
+
+class BatchSizes:
+    """Group -> batch size, a power of two: the pictures that reach the knee, or as many as memory holds."""
+
+    def __init__(self, checkpoint: Checkpoint, config: EngineConfig) -> None:
+        cache = CompileCache(checkpoint, config)
+        known = cache.read(_CHOICES).get(_KNEE)
+        if known is None:
+            known = knee(measure(checkpoint, config))
+            cache.add(_CHOICES, {_KNEE: known})
+        self.knee: int = known
+        self._needs = None
+        if config.device.startswith("cuda"):
+            self._needs = memory.Needs(checkpoint, DTYPES[config.dtype])
+            self._free = memory.free(config.device)
+
+    def __call__(self, group: Group) -> int:
+        key = ShapeKey(1, group.height, group.width, group.text_length)
+        useful = next((size for size in _PICTURES if size * key.tokens() >= self.knee), _PICTURES[-1])
+        if self._needs is None:
+            return useful
+        # A T5 that only visits costs more than batches gain, so it stays wherever one picture fits beside it.
+        for visiting in (False, True):
+            for size in (size for size in reversed(_PICTURES) if size <= useful):
+                shape = key._replace(batch_size=size)
+                if self._needs.weights(visiting) + self._needs.shapes([shape]) <= self._free:
+                    return size
+        return 1
+
+
+def knee(per_token: dict[int, float]) -> int:
+    """The fewest of the measured tokens whose time per token is near the best."""
+    return min(tokens for tokens, time in per_token.items() if time <= _NEAR * min(per_token.values()))
+
+
+def measure(checkpoint: Checkpoint, config: EngineConfig) -> dict[int, float]:
+    """Tokens -> seconds per token. Takes seconds, and the memory of three blocks and their activations."""
+    flux = replace(FluxConfig.from_json(checkpoint.transformer), num_layers=1, num_single_layers=2)
+    dtype, tokens = DTYPES[config.dtype], _SIDE**2 + _TEXT
+    with torch.device(config.device), torch.inference_mode():
+        model = Flux(flux).to(dtype).eval()
+        weights.fill_random(model.slots(), config.device)
+        pe = rope(
+            sampling.position_ids(_TEXT, _SIDE * sampling.PATCH, _SIDE * sampling.PATCH, config.device),
+            flux.axes_dims_rope,
+            ROPE_THETA,
+        )
+        backend = _backend(flux, config, tokens)
+        per_token: dict[int, float] = {}
+        for pictures in _PICTURES:
+            img = torch.randn(pictures, _SIDE**2, flux.in_channels, dtype=dtype)
+            txt = torch.randn(pictures, _TEXT, flux.inner_dim, dtype=dtype)
+            mod = torch.zeros(pictures, flux.modulations, flux.inner_dim, dtype=dtype)
+
+            def step(img: torch.Tensor = img, txt: torch.Tensor = txt, mod: torch.Tensor = mod) -> torch.Tensor:
+                return model(img, txt, pe, mod, backend)
+
+            try:
+                seconds = _replayed(step) if img.is_cuda else _timed(step)
+            except torch.OutOfMemoryError:
+                break
+            per_token[pictures * tokens] = seconds / (pictures * tokens)
+            if seconds > _LONG:
+                break
+    if config.device.startswith("cuda"):
+        del model, img, txt, mod, step
+        torch.cuda.empty_cache()
+    return per_token
+
+
+def _backend(flux: FluxConfig, config: EngineConfig, tokens: int) -> str:
+    if not config.device.startswith("cuda"):
+        return "sdpa"
+    if config.attention != "auto":
+        return config.attention
+    shape = (4, tokens, flux.num_attention_heads, flux.attention_head_dim)
+    timed = attention.milliseconds(*shape, config.device, DTYPES[config.dtype])
+    return min(timed, key=lambda backend: timed[backend])
+
+
+def _timed(step: Callable[[], object]) -> float:
+    """Seconds of one run on a CPU: the median of five, after one."""
+    rounds = []
+    for _ in range(6):
+        start = time.perf_counter()
+        step()
+        rounds.append(time.perf_counter() - start)
+    return median(rounds[1:])
+
+
+def _replayed(step: Callable[[], object]) -> float:
+    """Seconds of one replay of a captured run: the median of five rounds of ten, after one."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    rounds = []
+    for _ in range(6):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(10):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        rounds.append(start.elapsed_time(end) / 1e4)
+    return median(rounds[1:])

@@ -1,0 +1,125 @@
+"""What a job needs of the GPU's memory and what there is: decided before anything is loaded, so that what cannot fit is
+said at once. On a CPU nothing is planned.
+
+Weights are counted. The rest is estimated from the tensors that are alive at once, a little generously: the runner
+halves a batch that does not fit after all.
+
+    denoise    the captured graph's buffers, kept for the whole job: `_TOKEN` values as wide as the model per token;
+               and the modulations of the steps that are made at once
+    encode     T5's activations: `_TEXT` values as wide as its MLP per token, and its attention scores
+    decode     the VAE's activations: `_PIXEL` bytes for each pixel decoded at once
+
+A stage gives its memory back to the next; only the graph and the weights stay. T5, 9.5 of FLUX.1's 33.7 GB in
+bfloat16, can stay on the host and visit the GPU block by block (`streaming`): the whole of it coming and going
+would gain nothing, for it would need the same room at each batch. Pictures are decoded one by one at the least
+(`vae.chunk_size`); tiles, which would change pixels at their seams, are not made.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fluxcli.checkpoints import Checkpoint, read_json
+from fluxcli.config import EngineConfig
+from fluxcli.engine.device import DTYPES
+from fluxcli.engine.text import TEXT_BATCH
+from fluxcli.engine.transformer import FluxConfig
+from fluxcli.engine.vae import chunk_size
+from fluxcli.engine.weights import size
+from fluxcli.errors import OutOfMemory
+from fluxcli.records import ShapeKey
+
+# Rows (steps x images) of modulations made at once: about 1 GB at FLUX.1's size, and all 28 steps of 16 images.
+MODULATION_ROWS = 512
+_TOKEN = 24
+_TEXT = 4
+_PIXEL = 1400  # per byte of the dtype: 2.8 kB in bfloat16
+_CONTEXT = 3 * 2**28  # the embeddings kept, libraries' workspaces, the allocator's rounding
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Where things are while a job runs. `needed` bytes of the `available` ones; both 0 on a CPU."""
+
+    visiting_text: bool = False
+    needed: int = 0
+    available: int = 0
+
+
+class Needs:
+    """Bytes that one checkpoint needs in one dtype."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+        parts = ("transformer", "text_encoder", "text_encoder_2", "vae")
+        self._weights = {part: size(checkpoint, part, dtype) for part in parts}
+        self._flux = FluxConfig.from_json(checkpoint.transformer)
+        self._t5 = read_json(checkpoint.directory / "text_encoder_2" / "config.json")
+        self._width = torch.empty((), dtype=dtype, device="meta").element_size()
+
+    def weights(self, visiting_text: bool) -> int:
+        blocks = self._weights["text_encoder_2"] - self._t5["vocab_size"] * self._t5["d_model"] * self._width
+        away = blocks - blocks // self._t5["num_layers"]
+        return sum(self._weights.values()) - (away if visiting_text else 0)
+
+    def shapes(self, keys: Sequence[ShapeKey]) -> int:
+        """Beside the weights, for a job of all these shapes. The graphs share the memory of the largest; each smaller
+        one runs outside it once, before it is captured."""
+        graphs = sorted((self._graph(key) for key in keys), reverse=True)
+        return graphs[0] + max([*graphs[1:], *map(self._passing, keys)]) + _CONTEXT
+
+    def _graph(self, key: ShapeKey) -> int:
+        return key.tokens() * self._flux.inner_dim * _TOKEN * self._width
+
+    def _passing(self, key: ShapeKey) -> int:
+        modulations = MODULATION_ROWS * self._flux.modulations * self._flux.inner_dim * self._width
+        text_tokens = TEXT_BATCH * key.text_length
+        scores = text_tokens * key.text_length * self._t5["num_heads"] * (4 + self._width)
+        encode = text_tokens * self._t5["d_ff"] * _TEXT * self._width + scores
+        pixels = key.height * key.width
+        decode = chunk_size(key.batch_size, pixels) * pixels * _PIXEL * self._width
+        return max(modulations, encode, decode)
+
+
+def plan(
+    checkpoint: Checkpoint, config: EngineConfig, shapes: Sequence[ShapeKey], available: int | None = None
+) -> MemoryPlan:
+    """Where T5 is to live while `shapes` run.
+
+    Args:
+        available: bytes; None for what this process may still take of the device.
+
+    Raises:
+        OutOfMemory: one picture of the largest shape does not fit, wherever T5 lives.
+    """
+    if not config.device.startswith("cuda") or not shapes:
+        return MemoryPlan()
+    needs = Needs(checkpoint, DTYPES[config.dtype])
+    there = free(config.device) if available is None else available
+    wanted, least = needs.shapes(shapes), needs.shapes([key._replace(batch_size=1) for key in shapes])
+    for visiting in (False, True):
+        if needs.weights(visiting) + wanted <= there:
+            return MemoryPlan(visiting, needs.weights(visiting) + wanted, there)
+    needed = needs.weights(visiting_text=True) + least
+    if needed <= there:
+        return MemoryPlan(True, needed, there)
+    largest = max(shapes, key=lambda key: (key.height * key.width, key.text_length))
+    raise OutOfMemory(
+        f"--model {checkpoint.name} does not fit: one picture of {largest.width}x{largest.height} with "
+        f"{largest.text_length} text tokens needs {_gb(needed)} in {config.dtype}, T5 on the host, and {_gb(there)} of "
+        f"{config.device} are free; use a GPU with more memory or smaller pictures"
+    )
+
+
+def free(device: str) -> int:
+    """Bytes that this process may still take of a GPU: what is free, within the share that torch allows it
+    (`torch.cuda.set_per_process_memory_fraction`)."""
+    free, total = torch.cuda.mem_get_info(device)
+    held = torch.cuda.memory_reserved(device)
+    share = int(total * torch.cuda.get_per_process_memory_fraction(device)) - held
+    # What is held but not in use is free for us.
+    return min(free, share) + held - torch.cuda.memory_allocated(device)
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.1f} GB"
