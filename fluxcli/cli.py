@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from fluxcli.records import ShapeKey
 
 _FORMATS = ("png", "jpg", "webp")
+_MOST_IMAGES = 1024  # in a batch
 _JOB_OPTIONS = ("text_lengths", "batch_size", "limit", "strict", "max_failures", "retry_failed")
 
 
@@ -68,18 +69,23 @@ def _tell(message: str, exit_code: int) -> int:
     return exit_code
 
 
-class _TextLengths(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+class _Numbers(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """A list like 64,128: each number once, in order."""
+
     name = "N,N,..."
+
+    def __init__(self, what: str, most: int) -> None:
+        self._what, self._most = what, most
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
         parts = value if isinstance(value, list | tuple) else str(value).split(",")
         try:
-            lengths = sorted({int(str(part).strip()) for part in parts})
+            numbers = sorted({int(str(part).strip()) for part in parts})
         except ValueError:
             self.fail(f"{value!r} is not a list of numbers like 64,128,256,512", param, ctx)
-        if not lengths or lengths[0] < 1 or lengths[-1] > config.MAX_TEXT_LENGTH:
-            self.fail(f"text lengths must be 1 to {config.MAX_TEXT_LENGTH}, got {value}", param, ctx)
-        return tuple(lengths)
+        if not numbers or numbers[0] < 1 or numbers[-1] > self._most:
+            self.fail(f"{self._what} must be 1 to {self._most}, got {value}", param, ctx)
+        return tuple(numbers)
 
 
 class _Side(click.ParamType):  # type: ignore[type-arg,unused-ignore]
@@ -124,8 +130,8 @@ class _BatchSize(click.ParamType):  # type: ignore[type-arg,unused-ignore]
         if value == "auto":
             return "auto"
         size = int(value) if str(value).isdecimal() else 0
-        if not 1 <= size <= 1024:
-            self.fail(f"{value!r} is neither 1 to 1024 nor auto", param, ctx)
+        if not 1 <= size <= _MOST_IMAGES:
+            self.fail(f"{value!r} is neither 1 to {_MOST_IMAGES} nor auto", param, ctx)
         return size
 
 
@@ -162,7 +168,8 @@ def _options(*options: Callable[..., Any]) -> Callable[..., Any]:
 _verbosity = click.option(
     "-v", "--verbose", is_flag=True, expose_value=False, callback=_verbose, help="Show tracebacks of errors."
 )
-_engine_options = _options(
+_TEXT_LENGTHS = _Numbers("text lengths", config.MAX_TEXT_LENGTH)
+_machine_options = _options(
     click.option("-m", "--model", metavar="MODEL", help="Hub id, pipeline directory, tiny, or random:flux-dev."),
     click.option("--revision", help="Branch, tag or commit of a model from the hub."),
     click.option("--dtype", type=click.Choice(("auto", *config.DTYPES)), default="auto", show_default=True),
@@ -173,9 +180,12 @@ _engine_options = _options(
         help="Prepare each shape: captured graphs on a GPU, torch.compile on a CPU.  [default: on a GPU]",
     ),
     click.option("--attention", type=click.Choice(("auto", *config.ATTENTION)), default="auto", show_default=True),
+)
+_engine_options = _options(
+    _machine_options,
     click.option(
         "--text-lengths",
-        type=_TextLengths(),
+        type=_TEXT_LENGTHS,
         default=config.TEXT_LENGTHS,
         help="Buckets of prompt length in T5 tokens; one number fixes it (512 is the reference).  "
         "[default: 64,128,256,512]",
@@ -450,6 +460,81 @@ def warmup(
             for one in shapes
         ]
         click.echo(json.dumps({"shapes": rows, "seconds": round(seconds, 3), "cache": str(cache.root())}))
+
+
+@cli.command()
+@click.option(
+    "--size", "sizes", type=_Size(), multiple=True, help="May be given several times.  [default: the model's]"
+)
+@click.option(
+    "--batch-size",
+    "batch_sizes",
+    type=_Numbers("batch sizes", _MOST_IMAGES),
+    default=(1, config.BATCH_SIZE),
+    help=f"Several may be given.  [default: 1,{config.BATCH_SIZE}]",
+)
+@click.option(
+    "--text-lengths",
+    type=_TEXT_LENGTHS,
+    default=(config.MAX_TEXT_LENGTH,),
+    help=f"In T5 tokens.  [default: {config.MAX_TEXT_LENGTH}, the reference setting]",
+)
+@click.option("--steps", type=click.IntRange(1, 1000), help="Of a whole image.  [default: the model's]")
+@click.option("--vs", type=click.Choice(("diffusers",)), help="Also run this on the same weights: eager and compiled.")
+@click.option("--cold-start", is_flag=True, help="Also time two new processes: with empty caches, then from the cache.")
+@_machine_options
+@_json
+@_verbosity
+@click.pass_context
+def bench(
+    ctx: click.Context,
+    /,
+    sizes: Sequence[tuple[int, int]],
+    batch_sizes: Sequence[int],
+    text_lengths: Sequence[int],
+    steps: int | None,
+    vs: str | None,
+    cold_start: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Measure this machine: a step against what its products and attention alone take, whole images by stage.
+
+    Exits with 1 if a shape or a peer could not be measured; the rest is told all the same.
+    """
+    from fluxcli.bench import table
+    from fluxcli.bench.bench import Bench
+    from fluxcli.engine import device
+    from fluxcli.job import images
+    from fluxcli.records import ShapeKey
+
+    checkpoint = _checkpoint(options["model"], options["revision"])
+    engine_config = device.resolve(options["device"], options["dtype"], options["compile"], options["attention"])
+    defaults = checkpoint.row_defaults()
+    keys = [
+        ShapeKey(batch_size, height, width, length)
+        for width, height in sizes or [(defaults.width, defaults.height)]
+        for batch_size in batch_sizes
+        for length in text_lengths
+    ]
+    run = Bench(
+        checkpoint,
+        engine_config,
+        keys,
+        steps or defaults.num_inference_steps,
+        defaults.guidance_scale,
+        vs,
+        cold_start,
+    )
+    status, result = run.run(
+        partial(_engine, checkpoint, engine_config),
+        lambda pixels, record: images.encode(pixels, config.ImageFormat(), record, checkpoint.name),
+        say,
+    )
+    say(f"\n{table.text(result)}")
+    if as_json:
+        click.echo(json.dumps(result))
+    ctx.exit(status)
 
 
 @cli.command()

@@ -17,8 +17,9 @@ FLOORS = {
     "fluxcli.checkpoints": 1,
     "fluxcli.tokenizers": 2,
     "fluxcli.job": 3, "fluxcli.engine": 3,
-    "fluxcli.cli": 4,
-    "fluxcli.__main__": 5,
+    "fluxcli.bench": 4,
+    "fluxcli.cli": 5,
+    "fluxcli.__main__": 6,
 }  # fmt: skip
 
 
@@ -83,11 +84,17 @@ def test_the_engine_knows_neither_jobs_nor_the_command_line(module: str) -> None
     assert not {name for name in imports(MODULES[module]) if name.startswith("fluxcli.job")}
 
 
+@pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("fluxcli.bench")])
+def test_the_bench_knows_neither_jobs_nor_the_command_line(module: str) -> None:
+    assert not outside(module) & {"click", "tqdm", "PIL", "jsonlines"}
+    assert not {name for name in imports(MODULES[module]) if name.startswith("fluxcli.job")}
+
+
 def test_only_one_module_reads_weight_files() -> None:
     assert [name for name in MODULES if "safetensors" in outside(name)] == ["fluxcli.engine.weights"]
 
 
-@pytest.mark.parametrize("line", ["--help", "--version", "batch --help", "gen --help", "warmup --help"])
+@pytest.mark.parametrize("line", ["--help", "--version", "batch --help", "gen --help", "warmup --help", "bench --help"])
 def test_help_and_version_import_no_torch(line: str) -> None:
     code = (
         "import sys\nfrom fluxcli.cli import cli\n"

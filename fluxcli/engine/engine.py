@@ -18,7 +18,7 @@ from fluxcli.engine.device import DTYPES
 from fluxcli.engine.graphs import StepGraph
 from fluxcli.engine.ops import rope
 from fluxcli.engine.text import EmbeddingCache, TextEncoders
-from fluxcli.engine.transformer import ROPE_THETA, Rope
+from fluxcli.engine.transformer import ROPE_THETA, Flux, Rope
 from fluxcli.engine.vae import Decoder
 from fluxcli.engine.weights import load_transformer
 from fluxcli.errors import DeviceError, OutOfMemory
@@ -71,6 +71,11 @@ class Engine:
         """Graph replays so far, over all shapes."""
         return sum(prepared.graph.replays for prepared in self._prepared.values() if prepared.graph)
 
+    @property
+    def flux(self) -> Flux:
+        """The denoiser itself, for those who measure it."""
+        return self._flux
+
     @torch.inference_mode()
     def warm_up(self, keys: Iterable[ShapeKey], report: Callable[[WarmUp], None] = lambda one: None) -> list[WarmUp]:
         """Compiles, plans and captures every shape, in the order given: largest first keeps the graphs' memory least.
@@ -101,6 +106,17 @@ class Engine:
         """
         with _device_faults(batch.key):
             return self._submit(batch)
+
+    @torch.inference_mode()
+    def denoise(self, key: ShapeKey, img: Tensor, txt: Tensor, steps: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+        """The loop that every batch of `key` goes through, for those who measure it. img [B, I, C] and txt [B, L, D] in
+        the model's dtype, each step's (mod, dt) -> img after all steps, good until the next call.
+
+        Raises:
+            OutOfMemory, DeviceError: as `submit`.
+        """
+        with _device_faults(key):
+            return self._loop(self._prepare(key), img, txt, steps)
 
     def _submit(self, batch: Batch) -> "InFlight":
         prepared = self._prepare(batch.key)
@@ -134,7 +150,9 @@ class Engine:
         guidance = None
         if self._flux.config.guidance_embeds:
             guidance = self._upload(torch.tensor([record.guidance_scale for record in records], dtype=torch.float32))
-        steps = self._steps(batch.num_inference_steps, img.shape[1], guidance, vec)
+        return self._loop(prepared, img, txt, self._steps(batch.num_inference_steps, img.shape[1], guidance, vec))
+
+    def _loop(self, prepared: _Prepared, img: Tensor, txt: Tensor, steps: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
         if prepared.graph is not None:
             return prepared.graph.run(img, txt, steps)
         for mod, dt in steps:

@@ -1,0 +1,254 @@
+"""One run of `fluxcli bench`: what is measured at every shape, as one dictionary that says all of it."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+
+from fluxcli.bench import cold, floor, peers, rounds
+from fluxcli.bench.inputs import Inputs
+from fluxcli.bench.machine import clocks, machine
+from fluxcli.bench.parity import parity
+from fluxcli.checkpoints import Checkpoint
+from fluxcli.config import EngineConfig
+from fluxcli.engine.engine import Engine, InFlight
+from fluxcli.errors import FluxcliError
+from fluxcli.records import Batch, Pictures, PromptRecord, ShapeKey
+
+PEERS = {"diffusers": {"diffusers": False, "diffusers-compiled": True}}  # --vs -> contestants, compiled or not
+OURS = "fluxcli"
+_PRODUCTS, _ATTENTION = "products", "attention"
+
+_SIGMA, _DT = 0.9, -0.03  # of the step that is timed; any would do
+_JOB_S = 10.0  # how long the batches of one shape may take together, where more than one fit into it
+_MOST_BATCHES = 4
+_SAVED = 4  # images of a batch that are encoded to time it
+_PROMPT = "picture {} of a lighthouse on a cliff above the sea, seen from a boat"
+
+Save = Callable[[Any, PromptRecord], object]  # pixels [H, W, 3] of a record -> a picture file's bytes
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The settings of a run: shapes, the steps and guidance of an image, and what else to measure: a name of `PEERS`,
+    and starts with a cold cache."""
+
+    checkpoint: Checkpoint
+    engine: EngineConfig
+    keys: Sequence[ShapeKey]
+    steps: int
+    guidance: float | None
+    vs: str | None = None
+    cold_start: bool = False
+
+    def run(
+        self, make_engine: Callable[[Sequence[ShapeKey]], Engine], save: Save, say: Say
+    ) -> tuple[int, dict[str, Any]]:
+        """Measures everything. Returns the exit code and the result: 1 where a shape or a peer could not be measured,
+        which then carries an `error`.
+
+        Raises:
+            FluxcliError: nothing can be measured.
+        """
+        keys = sorted(set(self.keys), key=ShapeKey.tokens)
+        start = time.perf_counter()
+        date = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        starts = self._starts(keys, say)
+        begin = time.perf_counter()
+        engine = make_engine(keys)
+        result: dict[str, Any] = {
+            "date": date,
+            "model": self.checkpoint.name,
+            **machine(self.engine),
+            "steps": self.steps,
+            "rounds": rounds.ROUNDS,
+            "load_s": time.perf_counter() - begin,
+            "cold_start": starts,
+            "clocks": {"before": clocks(self.engine)},
+        }
+        with torch.inference_mode():
+            contestants = {
+                name: peers.Diffusers(engine.flux, self.checkpoint.transformer, compiled)
+                for name, compiled in PEERS.get(self.vs or "", {}).items()
+            }
+            result["shapes"] = [self._shape(engine, key, contestants, starts, save, say) for key in keys]
+            result["clocks"]["after"] = clocks(self.engine)
+            result["parity"] = self._parity(engine, keys[0], say) if self.vs else None
+        result["seconds"] = time.perf_counter() - start
+        return int(any(errors(result))), result
+
+    def _starts(self, keys: Sequence[ShapeKey], say: Say) -> dict[str, Any] | None:
+        if not self.cold_start:
+            return None
+        say("starting two new processes, with an empty cache and with what the first left in it")
+        try:
+            return cold.starts(self.checkpoint, self.engine, keys)
+        except (FluxcliError, BrokenProcessPool) as error:
+            return {"error": _reason(error)}
+
+    def _parity(self, engine: Engine, smallest: ShapeKey, say: Say) -> dict[str, Any]:
+        key = smallest._replace(batch_size=1)
+        say(f"{key}: parity")
+        try:
+            return parity(engine, self.checkpoint.transformer, key)
+        except (FluxcliError, torch.OutOfMemoryError) as error:
+            return {**key._asdict(), "error": _reason(error)}
+
+    def _shape(
+        self,
+        engine: Engine,
+        key: ShapeKey,
+        contestants: Mapping[str, peers.Diffusers],
+        starts: Mapping[str, Any] | None,
+        save: Save,
+        say: Say,
+    ) -> dict[str, Any]:
+        row: dict[str, Any] = key._asdict()
+        say(f"{key}: measuring")
+        try:
+            row |= self._images(engine, key, save)
+            row["warm_up"] |= _start_seconds(key, starts)
+            row |= self._step(engine, key, contestants)
+        except (FluxcliError, torch.OutOfMemoryError) as error:
+            row["error"] = _reason(error)
+        if engine.config.device.startswith("cuda"):
+            torch.cuda.empty_cache()  # the peers' memory, before the next shape needs it
+        return row
+
+    def _images(self, engine: Engine, key: ShapeKey, save: Save) -> dict[str, Any]:
+        """Warming up and whole images, one batch queued behind the other as a job does it, and their peak of memory."""
+        cuda = engine.config.device.startswith("cuda")
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        (warm,) = engine.warm_up([key])
+        one_step = engine.submit(self._batch(key, _MOST_BATCHES, steps=1)).result()
+        whole = key.batch_size * (one_step.timing.as_row()["total_s"] + (self.steps - 1) * one_step.timing.denoise_s)
+        count = max(1, min(_MOST_BATCHES, int(_JOB_S / whole)))
+        done: list[Pictures] = []
+        waiting: InFlight | None = None
+        start = time.perf_counter()
+        for number in range(count):
+            submitted = engine.submit(self._batch(key, number, self.steps))
+            if waiting:
+                done.append(waiting.result())
+            waiting = submitted
+        assert waiting
+        done.append(waiting.result())
+        seconds = time.perf_counter() - start
+        images = count * key.batch_size
+        timings = [pictures.timing for pictures in done]
+        records = self._batch(key, count - 1, self.steps).records
+        return {
+            "attention": warm.attention,
+            "warm_up": {"seconds": warm.seconds, "state": warm.state},
+            "images_per_s": images / seconds,
+            "job": {"batches": count, "images": images, "seconds": seconds},
+            "components": {
+                "encode_s": median(timing.encode_s for timing in timings),
+                "denoise_s": median(timing.denoise_s for timing in timings),
+                "decode_s": median(timing.decode_s for timing in timings),
+                "save_s": _save_s(done[-1], records, save),
+            },
+            "peak_memory": torch.cuda.max_memory_allocated() if cuda else None,
+        }
+
+    def _step(self, engine: Engine, key: ShapeKey, contestants: Mapping[str, peers.Diffusers]) -> dict[str, Any]:
+        """One denoising step: ours, the floor's two parts and every peer's, by turns.
+
+        Ours is what the loop repeats; what is done once for all steps of a batch counts in `components`.
+        """
+        config, device, dtype = engine.flux.config, engine.config.device, engine.config.dtype
+        inputs = Inputs(engine.flux, key, device, dtype)
+        txt, steps = inputs.ours(engine.flux, [_SIGMA, _SIGMA + _DT])
+        attention_ms = floor.attention_ms(config, key, device, dtype)
+        fastest = min(attention_ms, key=lambda name: attention_ms[name]) if attention_ms else "sdpa"
+        runs: dict[str, rounds.Run] = {
+            OURS: lambda: engine.denoise(key, inputs.img, txt, steps),
+            _PRODUCTS: floor.products_run(config, key, device, dtype),
+            _ATTENTION: floor.attention_run(config, key, device, dtype, fastest),
+        }
+        measured: dict[str, dict[str, Any]] = {}
+        for name, peer in contestants.items():
+            try:
+                measured[name] = {"attention": peer.attend(attention_ms)}
+                run = peer.step(inputs, _SIGMA, torch.tensor(_DT, device=device))
+                run()
+                runs[name] = run
+            except (torch.OutOfMemoryError, torch._dynamo.exc.TorchDynamoException) as error:
+                measured[name] = {"error": _reason(error)}
+        times = rounds.interleaved(runs, device)
+        ms = {name: rounds.milliseconds(each) for name, each in times.items()}
+        floor_ms = ms[_PRODUCTS] + ms[_ATTENTION]
+        for name in contestants:
+            if name in ms:
+                measured[name] |= {"ms_per_step": ms[name], "ms_per_image_step": ms[name] / key.batch_size}
+        return {
+            "ms_per_step": ms[OURS],
+            "ms_per_image_step": ms[OURS] / key.batch_size,
+            "tflops": floor.flops(config, key) / ms[OURS] / 1e9,
+            "floor": {
+                "ms": floor_ms,
+                "products_ms": ms[_PRODUCTS],
+                "attention_ms": ms[_ATTENTION],
+                "attention": fastest,
+            },
+            "percent_of_floor": 100 * floor_ms / ms[OURS],
+            "peers": measured,
+            "ratio": {name: ms[OURS] / ms[name] for name in contestants if name in ms},
+            "rounds_s": times,
+        }
+
+    def _batch(self, key: ShapeKey, number: int, steps: int) -> Batch:
+        """Pictures of one job; the engine remembers prompts, so that each is one that it has not seen."""
+        records = []
+        for slot in range(key.batch_size):
+            id = f"{'x'.join(map(str, key))}-{number}-{slot}"
+            records.append(
+                PromptRecord(
+                    id, _PROMPT.format(id), number * key.batch_size + slot, key.width, key.height, steps, self.guidance,
+                    line=slot + 1, text_length=key.text_length,
+                )
+            )  # fmt: skip
+        return Batch(number, key, steps, records)
+
+
+def errors(result: Mapping[str, Any]) -> list[str]:
+    """What could not be measured, a line each."""
+    found = []
+    for row in result["shapes"]:
+        name = str(ShapeKey(*(row[field] for field in ShapeKey._fields)))
+        if "error" in row:
+            found.append(f"{name}: {row['error']}")
+        found += [f"{name}, {peer}: {each['error']}" for peer, each in row.get("peers", {}).items() if "error" in each]
+    found += [
+        f"{part}: {result[part]['error']}" for part in ("cold_start", "parity") if "error" in (result[part] or {})
+    ]
+    return found
+
+
+def _start_seconds(key: ShapeKey, starts: Mapping[str, Any] | None) -> dict[str, float | None]:
+    found: dict[str, float | None] = {"cold_s": None, "cached_s": None}
+    if starts and "error" not in starts:
+        for kind, start in starts.items():
+            own = [shape for shape in start["shapes"] if key._asdict().items() <= shape.items()]
+            found[f"{kind}_s"] = own[0]["seconds"]
+    return found
+
+
+def _save_s(pictures: Pictures, records: Sequence[PromptRecord], save: Save) -> float:
+    """Seconds an image takes to become a file's bytes on one thread of the host."""
+    times = []
+    for pixels, record in list(zip(pictures.pixels, records, strict=True))[:_SAVED]:
+        start = time.perf_counter()
+        save(pixels, record)
+        times.append(time.perf_counter() - start)
+    return median(times)
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

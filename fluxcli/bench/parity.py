@@ -1,0 +1,43 @@
+"""How far apart two denoisers over the same weights and inputs end up after a few steps."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fluxcli.bench import peers
+from fluxcli.bench.inputs import Inputs
+from fluxcli.engine.device import DTYPES
+from fluxcli.engine.engine import Engine
+from fluxcli.records import ShapeKey
+
+STEPS = 4
+
+
+def parity(engine: Engine, transformer: Mapping[str, Any], key: ShapeKey) -> dict[str, Any]:
+    """Relative errors ||a - b|| / ||b|| of the latents after `STEPS` steps from sigma 1 to 0.
+
+    `ours_to_diffusers` compares in the engine's dtype; the next two say how far each of both is from diffusers in
+    float32; `change_by_denoising` is how far the steps moved the noise: the size that an error is to be seen against.
+    """
+    config = engine.config
+    inputs = Inputs(engine.flux, key, config.device, config.dtype)
+    sigmas = torch.linspace(1, 0, STEPS + 1).tolist()
+    txt, steps = inputs.ours(engine.flux, sigmas)
+    ours = engine.denoise(key, inputs.img, txt, steps).clone()
+    model = peers.twin(engine.flux, transformer)
+    theirs = peers.denoise(model, inputs, sigmas, DTYPES[config.dtype])
+    exact = peers.denoise(peers.in_float32(model), inputs, sigmas, torch.float32)
+    return {
+        **key._asdict(),
+        "steps": STEPS,
+        "ours_to_diffusers": _error(ours, theirs),
+        "ours_to_float32": _error(ours, exact),
+        "diffusers_to_float32": _error(theirs, exact),
+        "change_by_denoising": _error(exact, inputs.img),
+    }
+
+
+def _error(a: Tensor, b: Tensor) -> float:
+    return ((a.float() - b.float()).norm() / b.float().norm()).item()
