@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fluxcli.engine import attention
 from fluxcli.engine.device import DTYPES
+from fluxcli.engine.graphs import capture
 from fluxcli.engine.transformer import MLP_RATIO, FluxConfig
 from fluxcli.records import ShapeKey
 
@@ -95,14 +96,8 @@ class _Captured:
     """A CUDA graph of `run`, which it keeps, for the tensors the graph reads: launching is no part of the floor."""
 
     def __init__(self, run: Callable[[], object]) -> None:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            run()
-        torch.cuda.current_stream().wait_stream(side)
-        self._run, self._graph = run, torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            run()
+        self._run = run
+        self._graph, _ = capture(run)
 
     def __call__(self) -> None:
         self._graph.replay()
