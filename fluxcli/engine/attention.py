@@ -8,7 +8,9 @@ fa2     FlashAttention-2, package flash-attn
 """
 
 import importlib
+import math
 import os
+import statistics
 from collections.abc import Callable
 from functools import cache, partial
 
@@ -22,6 +24,7 @@ from fluxcli.engine.cache import root
 from fluxcli.errors import DeviceError
 
 _CANNOT = (RuntimeError, AssertionError, NotImplementedError)  # how the kernels say that a shape is not theirs
+_TURNS, _TURN_MS = 5, 50.0
 _FLASH_MODULES = {"fa4": "flash_attn.cute", "fa3": "flash_attn_interface", "fa2": "flash_attn"}
 
 
@@ -77,16 +80,22 @@ def check(backend: str, device: str, dtype: torch.dtype) -> None:
 def milliseconds(
     batch: int, tokens: int, heads: int, head_dim: int, device: str, dtype: torch.dtype
 ) -> dict[str, float]:
-    """Time of one attention at this shape, for every backend that runs it, on random data."""
+    """Time of one attention at this shape, for every backend that runs it, on random data.
+
+    By turns, each for long enough to heat the chip: timed one after the other, the first would win by its clock.
+    """
     qkv = torch.randn(batch, tokens, 3, heads, head_dim, device=device, dtype=dtype)
-    found: dict[str, float] = {}
+    runs: dict[str, Callable[[], float]] = {}
     for backend in ATTENTION:
         if missing(backend, device, dtype) is None:
+            run = partial(attention, qkv, backend)
             try:
-                found[backend] = _median_ms(partial(attention, qkv, backend))
+                run()
+                runs[backend] = partial(_mean_ms, run, max(2, math.ceil(_TURN_MS / _mean_ms(run, 2))))
             except _CANNOT:
                 continue  # installed, but not for this shape or this GPU
-    return found
+    rounds = [{backend: turn() for backend, turn in runs.items()} for _ in range(_TURNS)]
+    return {backend: statistics.median(each[backend] for each in rounds) for backend in runs}
 
 
 def require(backend: str, batch: int, tokens: int, heads: int, head_dim: int, device: str, dtype: torch.dtype) -> None:
@@ -100,16 +109,11 @@ def require(backend: str, batch: int, tokens: int, heads: int, head_dim: int, de
         ) from error
 
 
-def _median_ms(run: Callable[[], Tensor]) -> float:
-    for _ in range(3):
+def _mean_ms(run: Callable[[], Tensor], times: int) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(times):
         run()
-    rounds = []
-    for _ in range(3):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        for _ in range(5):
-            run()
-        end.record()
-        end.synchronize()
-        rounds.append(start.elapsed_time(end) / 5)
-    return sorted(rounds)[1]
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / times
