@@ -1,6 +1,7 @@
 """Training on a CPU, in small: what the resumed run does equals what the uninterrupted one does."""
 
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -125,6 +126,35 @@ def test_a_step_of_the_flow_never_meets_the_host() -> None:
     with FromHost() as calls:  # and it would be found
         torch.tensor(1.0, device=device)
     assert calls.found == ["tensor"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
+def test_a_captured_step_keeps_what_it_reads() -> None:
+    """Replays read the memory of the capture: were the inputs freed, the next tensors would take their place."""
+    device = torch.device("cuda")
+
+    def losses(capture: bool) -> list[float]:
+        torch.manual_seed(0)
+        trainer = Trainer(nn.ModuleDict({"one": nn.Linear(512, 512)}), 100, 0.01, device, capture)
+        trainer.schedule()
+
+        def make(x: torch.Tensor) -> Callable[[], torch.Tensor]:
+            return trainer.stepper(lambda: trainer.networks["one"](x).square().mean())
+
+        step = make(torch.randn(512, 512, device=device))
+        for _ in range(0 if capture else 3):  # a capture begins with as many
+            step()
+        others = [torch.full((512, 512), 1e3, device=device) for _ in range(16)]
+        found = []
+        for _ in range(5):
+            trainer.schedule()
+            found.append(step().item())
+            trainer.done += 1
+        assert len(others) == 16  # alive until here
+        return found
+
+    assert losses(capture=True) == pytest.approx(losses(capture=False), rel=1e-3)
 
 
 @pytest.mark.slow
