@@ -90,7 +90,7 @@ def build(directory: Path, seed: int = 0) -> FluxPipeline:
     special = {"bos_token_id": clip_ids[CLIP_BOS], "eos_token_id": clip_ids[CLIP_EOS]}
     clip = CLIPTextConfig(**CLIP, **special, pad_token_id=clip_ids[CLIP_EOS], vocab_size=len(clip_ids))
     torch.manual_seed(seed)
-    return FluxPipeline(
+    pipeline = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(**SCHEDULER),
         vae=AutoencoderKL(**VAE),
         text_encoder=CLIPTextModel(clip),
@@ -99,6 +99,26 @@ def build(directory: Path, seed: int = 0) -> FluxPipeline:
         tokenizer_2=T5TokenizerFast.from_pretrained(directory / "tokenizer_2"),
         transformer=FluxTransformer2DModel(**TRANSFORMER),
     )
+    look_around(pipeline.text_encoder_2)
+    return pipeline
+
+
+@torch.no_grad()
+def look_around(t5: T5EncoderModel) -> None:
+    """Have the four heads begin by looking at the word before, the word after, a few before and a few after.
+
+    T5's own first biases are almost even. From there this encoder stays a bag of words for thousands of steps, and
+    nothing but CLIP's one vector says which colour belongs to which shape.
+    """
+    bias = t5.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight  # [32, 4], of all layers
+    # Rows 1 to 7 are distances back, 17 to 23 as many ahead; 8 and 24 hold what is 8 to 11 words away.
+    for head, rows, more in (
+        (0, slice(1, 2), 6.0),
+        (1, slice(17, 18), 6.0),
+        (2, slice(2, 9), 4.0),
+        (3, slice(18, 25), 4.0),
+    ):
+        bias[rows, head] += more
 
 
 def save(pipeline: FluxPipeline, directory: Path, dtype: torch.dtype = torch.bfloat16) -> None:

@@ -506,7 +506,8 @@ class Run:
             fixed = fixed_inputs(length, self.device, dtype)
             loss_of = partial(flow_loss, trainer.networks, self.pool, latents, among, batch, fixed, attention)
             steppers[length] = trainer.stepper(loss_of)
-            self.log(stage="flow", captured=length, batch=batch, scenes=len(among))
+            captured = trainer.pool is not None
+            self.log(stage="flow", text_length=length, captured=captured, batch=batch, scenes=len(among))
         lengths = lengths_of_steps(arguments.seed, trainer.done)
         self.pipeline.register_modules(**dict(trainer.average.items()))
         for network in (vae, *trainer.average.values()):

@@ -12,7 +12,7 @@ from PIL import Image
 from jobs.tiny.evaluate import cases, score
 from tests.conftest import read_rows, write_rows
 
-FLOORS = {"single": 0.75}
+FLOORS = {"single": 0.85}
 BUCKETS = "64,128,256,512"
 
 
