@@ -8,6 +8,7 @@ import json
 import math
 import re
 import shutil
+import string
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -122,7 +123,7 @@ class PromptFile:
                 continue
             if lines.too_long > too_long:
                 yield first_line, start, _too_long()
-            elif any(cell.strip() for cell in cells):
+            elif any(cell.strip(string.whitespace) for cell in cells):
                 yield first_line, start, _or_error(self._parse_cells, cells)
 
     def _cells(self, lines: "_Lines") -> Iterator[list[str]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fluxcli.config import RowDefaults
@@ -453,6 +453,7 @@ def check_sound(record: PromptRecord) -> None:
     json.dumps(record.meta, allow_nan=False).encode()
 
 
+@example([b"\x1c"], ".tsv")  # white space to str.strip, not to bytes.strip
 @given(st.lists(_lines, max_size=4), st.sampled_from([".jsonl", ".txt", ".tsv"]))
 @settings(max_examples=300, deadline=None)
 def test_any_line_is_either_images_or_one_failure_and_never_an_exception(lines: list[bytes], suffix: str) -> None:
