@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from fluxcli.bench import cold, floor, peers, rounds
+from fluxcli.bench import cold, floor, peers
 from fluxcli.bench.inputs import Inputs
 from fluxcli.bench.machine import clocks, machine
 from fluxcli.bench.parity import parity
 from fluxcli.checkpoints import Checkpoint
 from fluxcli.config import EngineConfig
+from fluxcli.engine import timing
 from fluxcli.engine.engine import Engine, InFlight
 from fluxcli.errors import FluxcliError
 from fluxcli.records import Batch, Pictures, PromptRecord, ShapeKey
@@ -24,6 +25,8 @@ OURS = "fluxcli"
 _PRODUCTS, _ATTENTION = "products", "attention"
 
 _SIGMA, _DT = 0.9, -0.03  # of the step that is timed; any would do
+_TURN_S = 0.3
+_GPU_TURN_S = 1.0  # a GPU's clock takes long to settle: turns of 0.3 s differed by 4 % on an H200
 _JOB_S = 10.0  # how long the batches of one shape may take together, where more than one fit into it
 _MOST_BATCHES = 4
 _SAVED = 4  # images of a batch that are encoded to time it
@@ -66,7 +69,7 @@ class Bench:
             "model": self.checkpoint.name,
             **machine(self.engine),
             "steps": self.steps,
-            "rounds": rounds.ROUNDS,
+            "rounds": timing.ROUNDS,
             "load_s": time.perf_counter() - begin,
             "cold_start": starts,
             "clocks": {"before": clocks(self.engine)},
@@ -167,7 +170,7 @@ class Bench:
         txt, steps = inputs.ours(engine.flux, [_SIGMA, _SIGMA + _DT])
         attention_ms = floor.attention_ms(config, key, device, dtype)
         fastest = min(attention_ms, key=lambda name: attention_ms[name]) if attention_ms else "sdpa"
-        runs: dict[str, rounds.Run] = {
+        runs: dict[str, timing.Run] = {
             OURS: lambda: engine.denoise(key, inputs.img, txt, steps),
             _PRODUCTS: floor.products_run(config, key, device, dtype),
             _ATTENTION: floor.attention_run(config, key, device, dtype, fastest),
@@ -181,8 +184,8 @@ class Bench:
                 runs[name] = run
             except (torch.OutOfMemoryError, torch._dynamo.exc.TorchDynamoException) as error:
                 measured[name] = {"error": _reason(error)}
-        times = rounds.interleaved(runs, device)
-        ms = {name: rounds.milliseconds(each) for name, each in times.items()}
+        times = timing.interleaved(runs, device, _GPU_TURN_S if device.startswith("cuda") else _TURN_S)
+        ms = {name: timing.milliseconds(each) for name, each in times.items()}
         floor_ms = ms[_PRODUCTS] + ms[_ATTENTION]
         for name in contestants:
             if name in ms:

@@ -8,9 +8,7 @@ fa2     FlashAttention-2, package flash-attn
 """
 
 import importlib
-import math
 import os
-import statistics
 from collections.abc import Callable
 from functools import cache, partial
 
@@ -20,11 +18,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fluxcli.config import ATTENTION
+from fluxcli.engine import timing
 from fluxcli.engine.cache import root
 from fluxcli.errors import DeviceError
 
 _CANNOT = (RuntimeError, AssertionError, NotImplementedError)  # how the kernels say that a shape is not theirs
-_TURNS, _TURN_MS = 5, 50.0
+_TURN_S = 0.05
 _FLASH_MODULES = {"fa4": "flash_attn.cute", "fa3": "flash_attn_interface", "fa2": "flash_attn"}
 
 
@@ -85,17 +84,17 @@ def milliseconds(
     By turns, each for long enough to heat the chip: timed one after the other, the first would win by its clock.
     """
     qkv = torch.randn(batch, tokens, 3, heads, head_dim, device=device, dtype=dtype)
-    runs: dict[str, Callable[[], float]] = {}
+    runs: dict[str, timing.Run] = {}
     for backend in ATTENTION:
         if missing(backend, device, dtype) is None:
             run = partial(attention, qkv, backend)
             try:
                 run()
-                runs[backend] = partial(_mean_ms, run, max(2, math.ceil(_TURN_MS / _mean_ms(run, 2))))
             except _CANNOT:
                 continue  # installed, but not for this shape or this GPU
-    rounds = [{backend: turn() for backend, turn in runs.items()} for _ in range(_TURNS)]
-    return {backend: statistics.median(each[backend] for each in rounds) for backend in runs}
+            runs[backend] = run
+    times = timing.interleaved(runs, device, _TURN_S)
+    return {backend: timing.milliseconds(each) for backend, each in times.items()}
 
 
 def require(backend: str, batch: int, tokens: int, heads: int, head_dim: int, device: str, dtype: torch.dtype) -> None:
@@ -107,13 +106,3 @@ def require(backend: str, batch: int, tokens: int, heads: int, head_dim: int, de
             f"--attention {backend}: cannot run {heads} heads of {head_dim} over {tokens} tokens here: "
             f"{str(error).strip().splitlines()[0]}; use --attention auto"
         ) from error
-
-
-def _mean_ms(run: Callable[[], Tensor], times: int) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    for _ in range(times):
-        run()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / times

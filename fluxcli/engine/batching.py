@@ -7,7 +7,6 @@ runs them; the knee is the smallest number of tokens whose time per token is wit
 1024x1024 has 4096 tokens beside its text's, one of 256x256 has 256: the same knee is few pictures there and many here.
 """
 
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from statistics import median
@@ -16,7 +15,7 @@ import torch
 
 from fluxcli.checkpoints import Checkpoint
 from fluxcli.config import EngineConfig
-from fluxcli.engine import attention, memory, sampling, weights
+from fluxcli.engine import attention, memory, sampling, timing, weights
 from fluxcli.engine.cache import CompileCache
 from fluxcli.engine.device import DTYPES
 from fluxcli.engine.graphs import capture
@@ -88,7 +87,7 @@ def measure(checkpoint: Checkpoint, config: EngineConfig) -> dict[int, float]:
                 return model(img, txt, pe, mod, backend)
 
             try:
-                seconds = _replayed(step) if img.is_cuda else _timed(step)
+                seconds = _seconds(step, config.device)
             except torch.OutOfMemoryError:
                 break
             per_token[pictures * tokens] = seconds / (pictures * tokens)
@@ -110,26 +109,11 @@ def _backend(flux: FluxConfig, config: EngineConfig, tokens: int) -> str:
     return min(timed, key=lambda backend: timed[backend])
 
 
-def _timed(step: Callable[[], object]) -> float:
-    """Seconds of one run on a CPU: the median of five, after one."""
-    rounds = []
-    for _ in range(6):
-        start = time.perf_counter()
-        step()
-        rounds.append(time.perf_counter() - start)
-    return median(rounds[1:])
-
-
-def _replayed(step: Callable[[], object]) -> float:
-    """Seconds of one replay of a captured run: the median of five rounds of ten, after one."""
-    graph, _ = capture(step)
-    rounds = []
-    for _ in range(6):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        for _ in range(10):
-            graph.replay()
-        end.record()
-        end.synchronize()
-        rounds.append(start.elapsed_time(end) / 1e4)
+def _seconds(step: Callable[[], object], device: str) -> float:
+    """Seconds of one run, on CUDA of one replay: the median of five rounds, after one."""
+    run, calls = step, 1
+    if device.startswith("cuda"):
+        graph, _ = capture(step)
+        run, calls = graph.replay, 10
+    rounds = [timing.seconds(run, calls, device) for _ in range(1 + timing.ROUNDS)]
     return median(rounds[1:])

@@ -55,7 +55,7 @@ class Engine:
             self._copies = torch.cuda.Stream()
             self._pool = torch.cuda.graph_pool_handle()
         self.memory = memory.plan(checkpoint, config, shapes)
-        # Its weights are read while the libraries of the others are imported, which takes as long.
+        # Its weights are read while the libraries of the others are imported.
         with load_transformer(checkpoint, self._device, self._dtype) as self._flux:
             self._schedule = sampling.Schedule(checkpoint.directory / "scheduler")
             self._text = TextEncoders(checkpoint, self._device, self._dtype, self.memory.visiting_text)

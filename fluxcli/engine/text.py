@@ -56,11 +56,11 @@ class TextEncoders:
         return txt.to(self._dtype), vec.to(self._dtype)
 
     def _ids(self, prompts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
-        t5 = torch.tensor(self._tokenizers.t5(prompts, length))
-        clip = torch.tensor(self._tokenizers.clip(prompts))
+        ids = torch.tensor(self._tokenizers.t5(prompts, length)), torch.tensor(self._tokenizers.clip(prompts))
         if self._device == "cpu":
-            return t5, clip
-        return tuple(ids.pin_memory().to(self._device, non_blocking=True) for ids in (t5, clip))  # type: ignore[return-value]
+            return ids
+        t5, clip = (each.pin_memory().to(self._device, non_blocking=True) for each in ids)
+        return t5, clip
 
 
 class _TextGraph:

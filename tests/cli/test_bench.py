@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from fluxcli.bench import bench, peers, rounds
+from fluxcli.bench import bench, peers
 from fluxcli.engine.engine import Engine
 from fluxcli.errors import OutOfMemory
 
@@ -22,7 +22,7 @@ SHAPE_KEYS = {
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch) -> None:
     """Of the tests in this process; the machine is not what they are about."""
-    monkeypatch.setattr(rounds, "ROUND_S", 0.01)
+    monkeypatch.setattr(bench, "_TURN_S", 0.01)
     monkeypatch.setattr(bench, "_JOB_S", 0.5)
 
 

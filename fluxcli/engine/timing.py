@@ -7,24 +7,24 @@ from statistics import median
 import torch
 
 ROUNDS = 5
-ROUND_S = 0.3  # of each contestant in each round, where one call takes less
-GPU_ROUND_S = 1.0  # a GPU's clock takes long to settle: turns of 0.3 s differed by 4 % on an H200
 
 Run = Callable[[], object]
 
 
-def interleaved(runs: Mapping[str, Run], device: str) -> dict[str, list[float]]:
+def interleaved(runs: Mapping[str, Run], device: str, turn_s: float) -> dict[str, list[float]]:
     """Seconds per call of every contestant, one figure a round.
 
-    Each is called once to settle and once to learn how often it fits into a round. Every round begins with another
+    Each is called once to settle and once to learn how often it fits into a turn. Every round begins with another
     contestant, so that none always follows the same one.
+
+    Args:
+        turn_s: seconds of each contestant in each round, where one call takes less.
     """
-    turn = GPU_ROUND_S if device.startswith("cuda") else ROUND_S
     names = list(runs)
     calls = {}
     for name in names:
         runs[name]()
-        calls[name] = max(1, int(turn / seconds(runs[name], 1, device)))
+        calls[name] = max(1, int(turn_s / seconds(runs[name], 1, device)))
     times: dict[str, list[float]] = {name: [] for name in names}
     for number in range(ROUNDS):
         first = number % len(names)
