@@ -20,7 +20,7 @@ CHUNK = 8192
 
 @dataclass
 class Pool:
-    """Scenes of the training part only. N scenes."""
+    """N scenes and their captions."""
 
     rows: torch.Tensor  # float32 [N, 11], see scenes.place
     t5_ids: torch.Tensor  # int16 [N, LONGEST], padded with 0
@@ -31,18 +31,24 @@ class Pool:
         return Pool(*(part.to(device) for part in (self.rows, self.t5_ids, self.clip_ids, self.lengths)))
 
 
-def build_pool(directory: Path, count: int, seed: int, workers: Executor | None) -> Pool:
-    """`count` scenes, the same for the same seed whoever makes them; `directory` holds the tokenizers."""
-    jobs = [(str(directory), f"{seed}/{start}", min(CHUNK, count - start)) for start in range(0, count, CHUNK)]
+def build_pool(directory: Path, count: int, seed: int, workers: Executor | None, held_out: bool = False) -> Pool:
+    """`count` scenes of the training part, or of the held-out one; `directory` holds the tokenizers.
+
+    They are the same for the same seed whoever makes them.
+    """
+    starts = range(0, count, CHUNK)
+    jobs = [(str(directory), f"{seed}/{start}", min(CHUNK, count - start), held_out) for start in starts]
     parts = list((workers.map if workers else map)(_chunk, *zip(*jobs, strict=True)))
     return Pool(*(torch.from_numpy(np.concatenate(column)) for column in zip(*parts, strict=True)))
 
 
-def _chunk(directory: str, seed: str, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _chunk(
+    directory: str, seed: str, count: int, held_out: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     rng = random.Random(seed)
     t5 = T5TokenizerFast.from_pretrained(f"{directory}/tokenizer_2")
     clip = CLIPTokenizer.from_pretrained(f"{directory}/tokenizer")
-    specs = [sample_spec(rng) for _ in range(count)]
+    specs = [sample_spec(rng, held_out) for _ in range(count)]
     rows = np.array([place(spec, rng) for spec in specs], dtype=np.float32)
     prompts = [caption(spec, rng) for spec in specs]
     fixed = {"padding": "max_length", "truncation": True, "return_tensors": "np"}

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import diffusers
 import torch
+import transformers
 from diffusers import FluxPipeline
 from PIL import Image, ImageDraw, ImageFont
 
@@ -140,7 +142,13 @@ def main() -> None:
     parser.add_argument("--sheet", type=Path, help="write a contact sheet of 64 unseen prompts here")
     arguments = parser.parse_args()
 
-    pipeline = FluxPipeline.from_pretrained(arguments.directory, torch_dtype=getattr(torch, arguments.dtype))
+    for library in (
+        diffusers,
+        transformers,
+    ):  # long captions are cut for CLIP, as FLUX does; no need to say so each time
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    pipeline = FluxPipeline.from_pretrained(arguments.directory, dtype=getattr(torch, arguments.dtype))
     render = partial(draw, pipeline, steps=arguments.steps, batch=arguments.batch_size)
     for kind in filter(None, arguments.kinds.split(",")):
         wanted = cases(kind, arguments.cases, arguments.seed)

@@ -1,9 +1,10 @@
-"""Train the built-in pipeline: `python -m jobs.tiny.train --out DIRECTORY [--stages vae,flow]`.
+"""Train the built-in pipeline: `python -m jobs.tiny.train --out DIRECTORY [--stages vae,text,flow]`.
 
-Two stages: the VAE learns to reconstruct rendered scenes; then both text encoders and the transformer learn together,
-by rectified flow on the VAE's latents, to turn noise into what a caption says. An exponential average of the weights
-is what is written, in bfloat16. On CUDA a whole training step, random numbers and optimizer included, is one captured
-graph: these networks are so small that launching their kernels would take longer than running them.
+Three stages: the VAE learns to reconstruct rendered scenes; both text encoders learn to tell what a caption says; then
+the transformer learns, by rectified flow on the VAE's latents, to turn noise into what a caption says. An exponential
+average of the weights is what is written, in bfloat16. On CUDA a whole training step, random numbers and optimizer
+included, is one captured graph: these networks are so small that launching their kernels would take longer than running
+them.
 """
 
 from __future__ import annotations
@@ -32,10 +33,12 @@ from diffusers.models.transformers import transformer_flux
 from PIL import Image
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import CLIPTextModel, T5EncoderModel
 
 from jobs.tiny.data import LONGEST, Pool, build_pool
 from jobs.tiny.evaluate import KINDS, Case, cases, contact_sheet, draw, score
-from jobs.tiny.pipeline import SIZE, build, save
+from jobs.tiny.pipeline import POOLED_WIDTH, SIZE, TEXT_WIDTH, build, save
+from jobs.tiny.reading import readers, reading_loss, reading_score
 from jobs.tiny.scenes import place, render
 from jobs.tiny.vocabulary import CLIP_LENGTH
 
@@ -84,7 +87,10 @@ class Flat:
 
 
 class Trainer:
-    """Networks, their running average and their optimizer; a step of any kind is one call, or one graph replay."""
+    """Networks, their running average and their optimizer; a step of any kind is one call, or one graph replay.
+
+    Parameters that ask for no gradient stay as they are.
+    """
 
     def __init__(
         self,
@@ -96,12 +102,16 @@ class Trainer:
         dtype: torch.dtype = torch.float32,
     ):
         self.networks = networks.to(device).train()
-        self.average = copy.deepcopy(self.networks).requires_grad_(False).eval()
-        self.parameters = list(self.networks.parameters())
+        self.average = copy.deepcopy(self.networks).eval()
+        self.parameters, averaged = (
+            [parameter for parameter in network.parameters() if parameter.requires_grad]
+            for network in (self.networks, self.average)
+        )
+        self.average.requires_grad_(False)
         # The optimizer works on float32 copies; the networks compute in `dtype`.
         self.master, self.mean, self.gradient = (Flat(self.parameters, torch.float32) for _ in range(3))
         torch._foreach_copy_(self.master.views, [parameter.detach() for parameter in self.parameters])
-        self.mean.hold(list(self.average.parameters()))
+        self.mean.hold(averaged)
         self.networks.to(dtype)
         self.weights = Flat(self.parameters, dtype)
         self.weights.hold(self.parameters)
@@ -245,43 +255,14 @@ def reconstruction(vae: AutoencoderKL, wanted: list[Case], workers: Executor | N
     return {"grey_levels": round(error, 3), "read": score(pictures, wanted, workers)}
 
 
-# --- stage 2: the flow --------------------------------------------------------------------------------------------
+# --- stage 2: the text encoders -----------------------------------------------------------------------------------
 
 
-def flow_networks(pipeline: FluxPipeline, fresh: bool) -> nn.ModuleDict:
-    """The three networks trained together; where `fresh`, every block starts as the identity, its gates closed."""
-    for encoder in (pipeline.text_encoder, pipeline.text_encoder_2):
+def text_networks(pipeline: FluxPipeline) -> dict[str, nn.Module]:
+    encoders = {name: getattr(pipeline, name) for name in ("text_encoder", "text_encoder_2")}
+    for encoder in encoders.values():
         encoder.set_attn_implementation("eager")  # the one that takes the masks of `fixed_inputs` as they are
-    closed = (".norm.linear", "norm1.linear", "norm1_context.linear", "norm_out.linear")
-    for name, module in pipeline.transformer.named_modules():
-        if fresh and (name.endswith(closed) or name == "proj_out"):
-            nn.init.zeros_(module.weight)
-            nn.init.zeros_(module.bias)
-    return nn.ModuleDict({name: getattr(pipeline, name) for name in ("text_encoder", "text_encoder_2", "transformer")})
-
-
-def rotate(x: torch.Tensor, freqs: tuple[torch.Tensor, torch.Tensor], sequence_dim: int = 1) -> torch.Tensor:
-    """diffusers' rotary embedding as one complex product: a third of the kernels, equal to rounding.
-
-    x [B, S, heads, D]; freqs are cosines and sines [S, D], each value twice. Inductor fuses diffusers' own form.
-    """
-    if torch.compiler.is_compiling():
-        return apply_rotary_emb(x, freqs, sequence_dim=sequence_dim)
-    turn = torch.complex(freqs[0][:, ::2], freqs[1][:, ::2])[None, :, None]
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
-
-
-def once_a_length(embed: Callable[[torch.Tensor], tuple]) -> Callable[[torch.Tensor], tuple]:
-    """`embed`, called only once for each number of tokens: training knows no other positions of that many."""
-    known: dict[int, tuple] = {}
-
-    def remembered(ids: torch.Tensor) -> tuple:
-        if len(ids) not in known:
-            known[len(ids)] = embed(ids)
-        return known[len(ids)]
-
-    return remembered
+    return encoders
 
 
 def eligible(pool: Pool) -> dict[int, torch.Tensor]:
@@ -320,6 +301,85 @@ def fixed_inputs(length: int, device: torch.device, dtype: torch.dtype) -> Fixed
     )
 
 
+def read_captions(
+    networks: nn.ModuleDict, pool: Pool, pick: torch.Tensor, fixed: FixedInputs
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """T5's tokens [B, L, 128] and CLIP's vector [B, 96] of the picked scenes' captions, padded to the fixed length."""
+    length = fixed.length
+    t5_ids = nn.functional.pad(pool.t5_ids[pick, :length].long(), (0, max(0, length - LONGEST)))
+    txt = networks["text_encoder_2"](t5_ids, attention_mask=fixed.t5_mask)[0]
+    vec = networks["text_encoder"](pool.clip_ids[pick].long(), attention_mask=fixed.clip_mask).pooler_output
+    return txt, vec
+
+
+def text_loss(networks: nn.ModuleDict, pool: Pool, among: torch.Tensor, batch: int, fixed: FixedInputs) -> torch.Tensor:
+    """How badly the read-outs tell what the captions of randomly drawn scenes say, see reading.py."""
+    pick = among[torch.randint(len(among), (batch,), device=among.device)]
+    return reading_loss(networks, *read_captions(networks, pool, pick, fixed), pool.rows[pick])
+
+
+@torch.no_grad()
+def text_score(networks: nn.ModuleDict, unseen: Pool, length: int) -> dict[str, float]:
+    """The share of unseen captions read right, of those that fit; CLIP's of those that fit in its own length, too."""
+    fixed = fixed_inputs(length, unseen.rows.device, torch.float32)
+    fits = torch.nonzero(unseen.lengths <= length)[:, 0]
+    parts = [read_captions(networks, unseen, pick, fixed) for pick in fits.split(64)]
+    txt, vec = (torch.cat(column) for column in zip(*parts, strict=True))
+    # CLIP's start token comes on top of T5's tokens.
+    return reading_score(networks, txt, vec, unseen.rows[fits], unseen.lengths[fits] < CLIP_LENGTH)
+
+
+def lengths_of_steps(seed: int, start: int) -> Iterator[int]:
+    """The text length of each step from `start` on, the same however often training is interrupted."""
+    rng = random.Random(seed)
+    draws = (rng.choices(list(FLOW_SHARE), list(FLOW_SHARE.values()))[0] for _ in count())
+    return islice(draws, start, None)
+
+
+# --- stage 3: the flow --------------------------------------------------------------------------------------------
+
+
+def flow_networks(pipeline: FluxPipeline, fresh: bool, learn_text: bool) -> nn.ModuleDict:
+    """The text encoders and the transformer; where `fresh`, its blocks start as the identity, their gates closed.
+
+    The text encoders learn only if told to: through gates that have hardly opened their gradient is mostly noise, AdamW
+    makes full steps of it, and what they could read is lost before the transformer begins to ask.
+    """
+    text = text_networks(pipeline)
+    for encoder in text.values():
+        encoder.requires_grad_(learn_text)
+    closed = (".norm.linear", "norm1.linear", "norm1_context.linear", "norm_out.linear")
+    for name, module in pipeline.transformer.named_modules():
+        if fresh and (name.endswith(closed) or name == "proj_out"):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+    return nn.ModuleDict({**text, "transformer": pipeline.transformer})
+
+
+def rotate(x: torch.Tensor, freqs: tuple[torch.Tensor, torch.Tensor], sequence_dim: int = 1) -> torch.Tensor:
+    """diffusers' rotary embedding as one complex product: a third of the kernels, equal to rounding.
+
+    x [B, S, heads, D]; freqs are cosines and sines [S, D], each value twice. Inductor fuses diffusers' own form.
+    """
+    if torch.compiler.is_compiling():
+        return apply_rotary_emb(x, freqs, sequence_dim=sequence_dim)
+    turn = torch.complex(freqs[0][:, ::2], freqs[1][:, ::2])[None, :, None]
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
+
+
+def once_a_length(embed: Callable[[torch.Tensor], tuple]) -> Callable[[torch.Tensor], tuple]:
+    """`embed`, called only once for each number of tokens: training knows no other positions of that many."""
+    known: dict[int, tuple] = {}
+
+    def remembered(ids: torch.Tensor) -> tuple:
+        if len(ids) not in known:
+            known[len(ids)] = embed(ids)
+        return known[len(ids)]
+
+    return remembered
+
+
 def flow_loss(
     networks: nn.ModuleDict,
     pool: Pool,
@@ -336,7 +396,6 @@ def flow_loss(
     """
     device, length = latents.device, fixed.length
     pick = among[torch.randint(len(among), (batch,), device=device)]
-    t5_ids = nn.functional.pad(pool.t5_ids[pick, :length].long(), (0, max(0, length - LONGEST)))
     clean = latents[pick].float()
     noise = torch.randn_like(clean)
     # Times spread evenly within the batch before they are shifted: less variance than chance.
@@ -346,8 +405,7 @@ def flow_loss(
     dtype = networks["transformer"].dtype
     stance = "default" if length == min(FLOW_BATCH) else "force_eager"
     with torch.compiler.set_stance(stance), sdpa_kernel(attention):
-        txt = networks["text_encoder_2"](t5_ids, attention_mask=fixed.t5_mask)[0]
-        vec = networks["text_encoder"](pool.clip_ids[pick].long(), attention_mask=fixed.clip_mask).pooler_output
+        txt, vec = read_captions(networks, pool, pick, fixed)
         velocity = networks["transformer"](
             hidden_states=torch.lerp(clean, noise, time[:, None, None]).to(dtype),
             timestep=time,
@@ -358,13 +416,6 @@ def flow_loss(
             **fixed.positions,
         )[0]
     return (velocity.float() - (noise - clean)).square().mean()
-
-
-def lengths_of_steps(seed: int, start: int) -> Iterator[int]:
-    """The text length of each step from `start` on, the same however often training is interrupted."""
-    rng = random.Random(seed)
-    draws = (rng.choices(list(FLOW_SHARE), list(FLOW_SHARE.values()))[0] for _ in count())
-    return islice(draws, start, None)
 
 
 # --- the run ------------------------------------------------------------------------------------------------------
@@ -394,6 +445,8 @@ class Run:
             )
         if arguments.vae:
             self.use_vae(arguments.vae)
+        if arguments.text:
+            self.use_text(arguments.text)
         pool = build_pool(self.out / "pipeline", arguments.scenes, arguments.seed, workers)
         self.log(pool=arguments.scenes, mean_tokens=pool.lengths.float().mean().item())
         self.pool = pool.to(self.device)
@@ -402,12 +455,21 @@ class Run:
     def use_vae(self, directory: Path) -> None:
         self.pipeline.register_modules(vae=AutoencoderKL.from_pretrained(directory))
 
+    def use_text(self, directory: Path) -> None:
+        self.pipeline.register_modules(
+            text_encoder=CLIPTextModel.from_pretrained(directory / "text_encoder", dtype=torch.float32),
+            text_encoder_2=T5EncoderModel.from_pretrained(directory / "text_encoder_2", dtype=torch.float32),
+        )
+
     def stages(self) -> list[str]:
         """The stages still to do, in order."""
         stages = self.arguments.stages.split(",")
-        if self.saved and self.saved["stage"] == "flow" and "vae" in stages:
-            stages.remove("vae")
-            self.use_vae(self.out / "pipeline" / "vae")
+        while self.saved and self.saved["stage"] in stages[1:]:
+            done = stages.pop(0)
+            if done == "vae":
+                self.use_vae(self.out / "pipeline" / "vae")
+            elif done == "text":
+                self.use_text(self.out / "pipeline")
         return stages
 
     def resume(self, trainer: Trainer, stage: str) -> None:
@@ -421,8 +483,8 @@ class Run:
         unfinished = self.checkpoint.with_suffix(".part")
         torch.save({"stage": stage, **trainer.state()}, unfinished)
         unfinished.replace(self.checkpoint)
-        for name, network in trainer.average.items():
-            self.pipeline.register_modules(**{name: network})
+        for name in trainer.average.keys() & self.pipeline.components:  # read-outs are no part of it
+            self.pipeline.register_modules(**{name: trainer.average[name]})
         save(copy.deepcopy(self.pipeline).to("cpu"), self.out / "pipeline")
 
     def train(
@@ -481,13 +543,38 @@ class Run:
         self.train(trainer, "vae", step, evaluate)
         self.use_vae(self.out / "pipeline" / "vae")  # rounded as it ships, so that the flow learns its very latents
 
+    def text_stage(self) -> None:
+        arguments = self.arguments
+        torch.manual_seed(arguments.seed + 3)
+        networks = nn.ModuleDict({**text_networks(self.pipeline), **readers(TEXT_WIDTH, POOLED_WIDTH)})
+        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        trainer = Trainer(networks, arguments.text_steps, arguments.text_rate, self.device, arguments.capture, dtype)
+        self.resume(trainer, "text")
+        trainer.schedule()
+        steppers = {}
+        for length, among in eligible(self.pool).items():
+            batch = max(1, arguments.text_batch * FLOW_BATCH[length] // FLOW_BATCH[64])
+            fixed = fixed_inputs(length, self.device, dtype)
+            steppers[length] = trainer.stepper(partial(text_loss, trainer.networks, self.pool, among, batch, fixed))
+        lengths = lengths_of_steps(arguments.seed, trainer.done)
+
+        def evaluate() -> dict:
+            if not arguments.cases:
+                return {}
+            unseen = build_pool(self.out / "pipeline", 4 * arguments.cases, 0, self.workers, held_out=True)
+            unseen = unseen.to(self.device)
+            return {f"read_{length}": text_score(trainer.average, unseen, length) for length in (64, LONGEST)}
+
+        self.train(trainer, "text", lambda: steppers[next(lengths)](), evaluate)
+        self.use_text(self.out / "pipeline")  # rounded, as a resumed run finds them
+
     def flow_stage(self) -> None:
         arguments = self.arguments
         vae = self.pipeline.vae.to(self.device).requires_grad_(False).eval()
         latents = (encode(vae, self.pool.rows) - vae.config.shift_factor) * vae.config.scaling_factor
         self.log(stage="flow", latents=list(latents.shape), deviation=round(latents[:4096].float().std().item(), 3))
         torch.manual_seed(arguments.seed + 2)
-        networks = flow_networks(self.pipeline, fresh=not arguments.init)
+        networks = flow_networks(self.pipeline, fresh=not arguments.init, learn_text=arguments.learn_text)
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32  # CPUs are slow in bfloat16
         trainer = Trainer(networks, arguments.flow_steps, arguments.flow_rate, self.device, arguments.capture, dtype)
         self.resume(trainer, "flow")
@@ -531,9 +618,10 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     cuda = torch.cuda.device_count() > 0
     parser.add_argument("--out", type=Path, required=True, help="directory of the run and, below it, of the pipeline")
-    parser.add_argument("--stages", default="vae,flow")
+    parser.add_argument("--stages", default="vae,text,flow")
     parser.add_argument("--init", type=Path, help="start from this trained pipeline, with a fresh optimizer")
     parser.add_argument("--vae", type=Path, help="start from this trained VAE (a diffusers directory)")
+    parser.add_argument("--text", type=Path, help="start from the trained text encoders of this pipeline")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scenes", type=int, default=500_000)
@@ -541,9 +629,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--vae-steps", type=int, default=6000)
     parser.add_argument("--vae-batch", type=int, default=VAE_BATCH)
     parser.add_argument("--vae-rate", type=float, default=2e-3)
+    parser.add_argument("--text-steps", type=int, default=4000)
+    parser.add_argument("--text-batch", type=int, default=256, help="captions a step at the shortest text length")
+    parser.add_argument("--text-rate", type=float, default=1e-3)
     parser.add_argument("--flow-steps", type=int, default=30_000)
     parser.add_argument("--flow-scale", type=float, default=1.0, help="multiplies the scenes of a step")
     parser.add_argument("--flow-rate", type=float, default=1.5e-3)
+    parser.add_argument("--learn-text", action="store_true", help="the flow trains the text encoders, too")
     parser.add_argument("--capture", action=argparse.BooleanOptionalAction, default=True, help="use CUDA graphs")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=cuda, help="use torch.compile")
     parser.add_argument(
@@ -574,7 +666,7 @@ def main() -> None:
         list(workers.map(abs, range(64)))
     run = Run(arguments, workers)
     for stage in run.stages():
-        {"vae": run.vae_stage, "flow": run.flow_stage}[stage]()
+        {"vae": run.vae_stage, "text": run.text_stage, "flow": run.flow_stage}[stage]()
 
 
 if __name__ == "__main__":

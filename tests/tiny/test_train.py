@@ -1,6 +1,7 @@
 """Training on a CPU, in small: what the resumed run does equals what the uninterrupted one does."""
 
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,8 +14,11 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from jobs.tiny.data import LONGEST, Pool, build_pool
-from jobs.tiny.pipeline import DIRECTORY, build
+from jobs.tiny.pipeline import DIRECTORY, POOLED_WIDTH, TEXT_WIDTH, build
+from jobs.tiny.reading import facts, layout, readers
+from jobs.tiny.scenes import COLOURS, SHAPES, Item, Spec, place
 from jobs.tiny.train import (
+    Run,
     Trainer,
     eligible,
     encode,
@@ -22,8 +26,13 @@ from jobs.tiny.train import (
     flow_loss,
     flow_networks,
     lengths_of_steps,
+    main,
     once_a_length,
+    parse,
     rotate,
+    text_loss,
+    text_networks,
+    text_score,
 )
 from jobs.tiny.vocabulary import CLIP_LENGTH
 
@@ -86,6 +95,76 @@ def test_a_step_is_adamw_on_the_parameters_one_by_one() -> None:
         torch.testing.assert_close(got, wanted)
 
 
+def test_facts_and_layout_are_what_a_caption_says() -> None:
+    red, white, yellow = (COLOURS.index(colour) for colour in ("red", "white", "yellow"))
+    star, ring = SHAPES.index("star"), SHAPES.index("ring")
+    pair = Spec("white", (Item("star", "red", "small"), Item("ring", "yellow", "large")), "below")
+    alone = Spec("yellow", (Item("ring", "white", place="top right corner"),))
+    rows = torch.tensor([place(spec, random.Random(seed)) for spec in (pair, alone) for seed in range(50)])
+    one = [white, star + 1, red, 1, 2, 0, ring + 1, yellow, 1, 0, 2]
+    other = [yellow, ring + 1, white, 2, 0, 1, 0, 0, 0, 0, 0]
+    assert facts(rows).tolist() == [one] * 50 + [other] * 50
+    seen = layout(rows).unflatten(1, (8, 8))
+    upper, lower = (len(COLOURS) * (1 + shape) + colour for shape, colour in ((ring, yellow), (star, red)))
+    assert (seen[:50, 1:3, 3:5] == upper).all() and (seen[:50, 5:7, 3:5] == lower).all()
+    corner = len(COLOURS) * (1 + ring) + white
+    assert (
+        (seen[50:, 1:3, 5:7] == corner).all() and (seen[50:, 4:] == yellow).all() and (seen[50:, :, :4] == yellow).all()
+    )
+
+
+def reading_networks(pipeline: FluxPipeline) -> nn.ModuleDict:
+    return nn.ModuleDict({**text_networks(pipeline), **readers(TEXT_WIDTH, POOLED_WIDTH)})
+
+
+def test_reading_is_learned(tmp_path: Path) -> None:
+    device = torch.device("cpu")
+    pool = build_pool(DIRECTORY, 64, 0, None)
+    torch.manual_seed(0)
+    trainer = Trainer(reading_networks(build(tmp_path)), 1000, 0.1, device, capture=False)  # the warm-up is long
+    among, fixed = eligible(pool)[64], fixed_inputs(64, device, torch.float32)
+    step = trainer.stepper(lambda: text_loss(trainer.networks, pool, among, 8, fixed))
+    losses = []
+    for _ in range(20):
+        trainer.schedule()
+        losses.append(step().item())
+        trainer.done += 1
+    assert sum(losses[-3:]) < 0.9 * sum(losses[:3]), losses
+    scores = text_score(trainer.average, pool, 64)
+    assert all(0 <= scores[name] <= 1 for name in ("t5_pairs", "t5_all", "clip_pairs", "clip_all", "layout")), scores
+
+
+def run_in(directory: Path, monkeypatch: pytest.MonkeyPatch, *options: object) -> None:
+    """Have `parse` find these options."""
+    small = ("--scenes", 64, "--workers", 1, "--device", "cpu", "--cases", 2)
+    monkeypatch.setattr(sys, "argv", ["train", "--out", *map(str, (directory, *small, *options))])
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    pairs = zip(one.state_dict().items(), other.state_dict().items(), strict=True)
+    return all(name == again and torch.equal(value, copy) for (name, value), (again, copy) in pairs)
+
+
+def test_the_flow_can_start_from_trained_text_encoders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_in(tmp_path, monkeypatch, "--vae", DIRECTORY / "vae", "--text", DIRECTORY)
+    pipeline, fresh = Run(parse(), None).pipeline, build(tmp_path)
+    shipped = FluxPipeline.from_pretrained(DIRECTORY, torch_dtype=torch.float32)
+    assert all(same(getattr(pipeline, name), getattr(shipped, name)) for name in ("text_encoder", "text_encoder_2"))
+    assert not same(pipeline.text_encoder_2, fresh.text_encoder_2) and same(pipeline.transformer, fresh.transformer)
+
+
+def test_what_asks_for_no_gradient_stays_as_it_is() -> None:
+    networks = nn.ModuleDict({"frozen": nn.Linear(3, 3).requires_grad_(False), "learning": nn.Linear(3, 3)})
+    before = {name: value.clone() for name, value in networks.state_dict().items()}
+    trainer = Trainer(networks, 10, 0.1, torch.device("cpu"), capture=False)
+    trainer.schedule()
+    x = torch.randn(4, 3)
+    trainer.stepper(lambda: networks["learning"](networks["frozen"](x)).square().mean())()
+    for trained in (trainer.networks, trainer.average):
+        moved = {name for name, value in trained.state_dict().items() if not torch.equal(value, before[name])}
+        assert moved == {"learning.weight", "learning.bias"}
+
+
 class FromHost(TorchFunctionMode):
     """Finds calls that bring values from Python to the device, or back: a CUDA graph cannot capture those."""
 
@@ -116,18 +195,25 @@ class OnHost(TorchDispatchMode):
         return out
 
 
-def test_a_step_of_the_flow_never_meets_the_host() -> None:
+@pytest.mark.parametrize("stage", ["text", "flow", "flow and text"])
+@pytest.mark.parametrize("length", [64, 512])
+def test_a_step_never_meets_the_host(stage: str, length: int) -> None:
     """What a CUDA graph asks for, on the "meta" device, which stands for any that is not the host."""
-    device, count, length = torch.device("meta"), 8, 64
+    device, count = torch.device("meta"), 8
     pipeline = FluxPipeline.from_pretrained(DIRECTORY, torch_dtype=torch.bfloat16)
-    networks = flow_networks(pipeline, fresh=False).to(device)
-    networks["transformer"].pos_embed.forward = once_a_length(networks["transformer"].pos_embed.forward)
+    learn_text = stage == "flow and text"
+    networks = reading_networks(pipeline) if stage == "text" else flow_networks(pipeline, False, learn_text)
+    networks.to(device, torch.bfloat16)
     ids = [torch.zeros(count, width, dtype=torch.int16, device=device) for width in (LONGEST, CLIP_LENGTH)]
     pool = Pool(torch.zeros(count, 11, device=device), *ids, torch.ones(count, dtype=torch.int32, device=device))
     latents, among = torch.zeros(count, 64, 64, device=device), torch.arange(count, device=device)
     fixed = fixed_inputs(length, device, torch.bfloat16)
+    if stage != "text":
+        networks["transformer"].pos_embed.forward = once_a_length(networks["transformer"].pos_embed.forward)
 
     def loss() -> torch.Tensor:
+        if stage == "text":
+            return text_loss(networks, pool, among, 4, fixed)
         return flow_loss(networks, pool, latents, among, 4, fixed, MATH)
 
     loss().backward()  # a warm-up may meet it
@@ -176,7 +262,7 @@ def test_resuming_repeats_the_uninterrupted_run() -> None:
 
     def begin() -> tuple[Trainer, torch.Tensor]:
         pipeline = FluxPipeline.from_pretrained(DIRECTORY, torch_dtype=torch.float32)
-        trainer = Trainer(flow_networks(pipeline, fresh=False), 10, 1e-4, device, capture=False)
+        trainer = Trainer(flow_networks(pipeline, fresh=False, learn_text=True), 10, 1e-4, device, capture=False)
         return trainer, encode(pipeline.vae.eval(), pool.rows)
 
     def losses(trainer: Trainer, latents: torch.Tensor, count: int) -> list[float]:
@@ -201,3 +287,17 @@ def test_resuming_repeats_the_uninterrupted_run() -> None:
     resumed, latents = begin()
     resumed.load(state)
     assert losses(resumed, latents, 3) == pytest.approx(uninterrupted, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_all_stages_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = ("--vae-steps", 2, "--vae-batch", 2, "--text-steps", 2, "--text-batch", 8, "--flow-steps", 2)
+    options = (*small, "--flow-scale", 0.02, "--no-compile", "--attention", "math")
+    run_in(tmp_path, monkeypatch, *options)
+    main()
+    once = FluxPipeline.from_pretrained(tmp_path / "pipeline")
+    run_in(tmp_path, monkeypatch, *options, "--resume")
+    main()  # nothing is left to do
+    again = FluxPipeline.from_pretrained(tmp_path / "pipeline")
+    for name in ("vae", "text_encoder", "text_encoder_2", "transformer"):
+        assert same(getattr(once, name), getattr(again, name)), name
