@@ -1,7 +1,6 @@
 """The built-in model draws what unseen prompts say, through diffusers, from the weights that ship.
 
-The floors are what the shipped weights reach less some room, not the aims; those are in jobs/tiny/README.md. How the
-settings of fluxcli bear on adherence is test_adherence.py's matter.
+How the settings of fluxcli bear on adherence is test_adherence.py's matter.
 """
 
 import random
@@ -12,7 +11,7 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 
-from jobs.tiny.evaluate import Case, cases, draw, score
+from jobs.tiny.evaluate import cases, draw, score
 from jobs.tiny.pipeline import DIRECTORY
 from jobs.tiny.scenes import place, render
 from jobs.tiny.train import reconstruction
@@ -45,10 +44,12 @@ def test_the_vae_keeps_what_the_judge_reads(pipeline: FluxPipeline) -> None:
         assert result["read"]["right"] == 1 and result["grey_levels"] < 1.5, (kind, result)
 
 
-def test_unseen_single_objects(pipeline: FluxPipeline) -> None:
-    wanted = cases("single", 30)
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "aim"), [("single", 0.97), ("pair", 0.9), ("mixed", 0.9)])
+def test_the_aims_are_reached(pipeline: FluxPipeline, kind: str, aim: float) -> None:
+    wanted = cases(kind, 120)
     result = score(draw(pipeline, wanted), wanted)
-    assert result["right"] >= 0.85, result
+    assert result["right"] >= aim, result
     assert result["wrong"].get("background", 0) == 0, result
 
 
@@ -63,13 +64,6 @@ def test_the_noise_decides_only_what_the_prompt_leaves_open(pipeline: FluxPipeli
     case = cases("single", 1)[0]
     first, second = draw(pipeline, [case, replace(case, seed=case.seed + 1)])
     assert first.tobytes() != second.tobytes()
-
-
-@pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="the shipped weights are trained too briefly to tell two objects apart")
-def test_unseen_pairs(pipeline: FluxPipeline) -> None:
-    wanted: list[Case] = cases("pair", 60)
-    assert score(draw(pipeline, wanted), wanted)["right"] >= 0.9
 
 
 def test_cases_are_reproducible_and_judged_right_when_rendered() -> None:
