@@ -260,14 +260,16 @@ def fill_random(slots: Slots, device: str) -> None:
     block: matrices with the variance of their fan-in, norm weights of one, small biases."""
     generator = torch.Generator(device).manual_seed(RANDOM_SEED)
     for name, slot in slots:
-        drawn = torch.empty_like(slot, device=device)
         if slot.ndim > 1:
-            drawn.normal_(0, slot[0].numel() ** -0.5, generator=generator)
+            deviation = slot[0].numel() ** -0.5
         elif name.endswith("bias"):
-            drawn.normal_(0, 0.02, generator=generator)
+            deviation = 0.02
         else:
-            drawn.fill_(1)
-        slot.copy_(drawn)
+            slot.fill_(1)
+            continue
+        # In pieces: FLUX.1's modulations are one matrix of 6.5 GB, and a second one of that size need not fit.
+        for piece in slot.view(-1).split(_PIECE):
+            piece.copy_(torch.empty_like(piece, device=device).normal_(0, deviation, generator=generator))
 
 
 def _class_of(checkpoint: Checkpoint, part: str) -> tuple[str, Any]:
