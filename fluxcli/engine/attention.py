@@ -8,7 +8,6 @@ fa2     FlashAttention-2, package flash-attn
 """
 
 import importlib
-import os
 from collections.abc import Callable
 from functools import cache, partial
 
@@ -19,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fluxcli.config import ATTENTION
 from fluxcli.engine import timing
-from fluxcli.engine.cache import root
+from fluxcli.engine.cache import share_cute_caches
 from fluxcli.errors import DeviceError
 
 _CANNOT = (RuntimeError, AssertionError, NotImplementedError)  # how the kernels say that a shape is not theirs
@@ -45,9 +44,7 @@ def _sdpa(qkv: Tensor) -> Tensor:
 
 @cache
 def _flash(backend: str) -> Callable[..., Tensor | tuple[Tensor, ...]]:
-    # FlashAttention-4 compiles for each kind of shape; it reads these when it is imported.
-    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
-    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(root() / "flash-attn-4"))
+    share_cute_caches()
     function: Callable[..., Tensor | tuple[Tensor, ...]]
     function = importlib.import_module(_FLASH_MODULES[backend]).flash_attn_func
     return function

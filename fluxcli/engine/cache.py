@@ -64,6 +64,13 @@ def root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fluxcli"
 
 
+def share_cute_caches() -> None:
+    """FlashAttention-4 and quack-kernels compile for each kind of shape, and read these when they are imported."""
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(root() / "flash-attn-4"))
+    os.environ.setdefault("QUACK_CACHE_DIR", str(root() / "quack"))
+
+
 def compile_counts() -> Counter[str]:
     """What this process compiled so far: `graphs` traced by Dynamo and kernels made ready by Triton, and of those
     `misses` that no cache held."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fluxcli.checkpoints import Checkpoint
 from fluxcli.config import EngineConfig
-from fluxcli.engine import attention, memory, sampling
+from fluxcli.engine import attention, memory, products, sampling
 from fluxcli.engine.cache import CompileCache, compile_counts
 from fluxcli.engine.device import DTYPES
 from fluxcli.engine.graphs import StepGraph
@@ -23,6 +23,8 @@ from fluxcli.engine.vae import Decoder
 from fluxcli.engine.weights import load_transformer
 from fluxcli.errors import DeviceError, OutOfMemory
 from fluxcli.records import Batch, Pictures, PromptRecord, ShapeKey, Timing, WarmUp
+
+_PRODUCTS = "products.json"  # in the compile cache
 
 
 @dataclass
@@ -51,6 +53,7 @@ class Engine:
         self._cuda = self._device.startswith("cuda")
         self._cache = CompileCache(checkpoint, config)
         if self._cuda:
+            products.remember(self._cache.read(_PRODUCTS), torch.device(self._device))
             torch.cuda.set_device(self._device)
             self._copies = torch.cuda.Stream()
             self._pool = torch.cuda.graph_pool_handle()
@@ -195,10 +198,19 @@ class Engine:
             return self._flux(img, txt, prepared.pe, mod, prepared.backend)
 
         if self._cuda:
+            self._tune(lambda: step(img, txt, mod))
             prepared.graph = StepGraph(step, img, txt, mod, self._pool)
         else:
             step(img, txt, mod)
         self._decoder(sampling.unpack(img, height, width))
+
+    def _tune(self, step: Callable[[], object]) -> None:
+        """Settles how each matrix product of a step runs: as an earlier process found it, or by timing it now."""
+        before = products.choices()
+        with products.tuning():
+            step()
+        if new := products.choices().items() - before.items():
+            self._cache.add(_PRODUCTS, dict(new))
 
     def _backend(self, key: ShapeKey, tokens: int) -> str:
         chosen = self.config.attention

@@ -103,12 +103,6 @@ def qk_norm_rope(
     return joint.view(batch, sequence, 3, heads, head_dim)
 
 
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    # cuBLASLt's epilogue is the tanh form.
-    out: Tensor = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
-    return out.unflatten(0, x.shape[:-1])
-
-
 @triton.jit
 def _channel_moments(
     x, before, mean, m2, pixels, channels, chunks,

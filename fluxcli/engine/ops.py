@@ -1,6 +1,7 @@
-"""The pieces of a FLUX block between and around its matrix products, and of the VAE's blocks around convolutions.
+"""The pieces of a FLUX block, its matrix products and what lies between them, and of the VAE's blocks.
 
-Each is plain torch, which is the reference; on CUDA a fused kernel of the same name and signature in `kernels` runs.
+Each is plain torch, which is the reference; on CUDA the fused kernel of the same name and signature in `kernels` runs,
+or what `products` chose.
 """
 
 import math
@@ -9,6 +10,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fluxcli.engine import products
 
 NORM_EPS = 1e-6  # of every LayerNorm and RMSNorm in FLUX.1
 HALF_MAX = 65504.0  # the largest float16; the residual stream of FLUX leaves it now and then, and is clipped
@@ -54,12 +57,15 @@ def add_and_modulate(stream: Pending, shift: Tensor, scale: Tensor) -> tuple[Ten
     return x, F.layer_norm(x, x.shape[-1:], eps=NORM_EPS) * (1 + scale[:, None]) + shift[:, None]
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x [..., K], weight [N, K], bias [N] -> [..., N]."""
+    return products.linear(x, weight, bias) if x.is_cuda else F.linear(x, weight, bias)
+
+
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """GELU, in its tanh form, of a linear layer. x [..., K], weight [N, K], bias [N] -> [..., N]."""
     if x.is_cuda:
-        from fluxcli.engine import kernels
-
-        return kernels.linear_gelu(x, weight, bias)
+        return products.linear(x, weight, bias, gelu=True)
     return F.gelu(F.linear(x, weight, bias), approximate="tanh")
 
 
@@ -69,7 +75,9 @@ def linear_of_two(a: Tensor, b: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     a [B, S, K1], b [B, S, K2], weight [N, K1 + K2], bias [N] -> [B, S, N].
     """
     first, second = weight.split((a.shape[-1], b.shape[-1]), dim=1)
-    out = F.linear(a, first, bias)
+    out = linear(a, first, bias)
+    if a.is_cuda:
+        return products.add_linear(out, b, second)
     out.flatten(0, 1).addmm_(b.flatten(0, 1), second.t())
     return out
 

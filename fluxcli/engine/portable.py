@@ -19,9 +19,9 @@ from fluxcli.errors import CacheError
 _FORMAT = "fluxcli compile cache 1"
 _HEADER, _ARTIFACTS, _FILES = "header.json", "torch.bin", "files/"
 # Beside torch's artifacts: measured choices, Triton's cache (our own kernels), libraries compiled for a CPU; and, for
-# all architectures together, FlashAttention-4's.
+# all architectures together, those of FlashAttention-4 and quack-kernels.
 _LEFT_OUT = ("*.json", "triton/*/*", "inductor/**/*.so")
-_SHARED = "flash-attn-4/**/*"
+_SHARED = ("flash-attn-4/**/*", "quack/**/*")
 _GROUP = "__grp__"  # begins the names of Triton's files that list others, by absolute path
 
 
@@ -104,7 +104,7 @@ def _header(cache: CompileCache) -> dict[str, Any]:
 
 def _left_out(cache: CompileCache) -> set[Path]:
     own = {path for pattern in _LEFT_OUT for path in cache.directory.glob(pattern)}
-    return own | set(root().glob(_SHARED))
+    return own | {path for pattern in _SHARED for path in root().glob(pattern)}
 
 
 def _target(file: Path, name: str) -> Path:

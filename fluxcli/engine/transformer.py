@@ -20,6 +20,7 @@ from fluxcli.engine.attention import attention
 from fluxcli.engine.ops import (
     Pending,
     add_and_modulate,
+    linear,
     linear_gelu,
     linear_of_two,
     qk_norm_rope,
@@ -92,7 +93,7 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
     def slots(self, *names: str, rows: tuple[int, ...] | None = None) -> Slots:
         """The layer's slots under one checkpoint name, or its output rows shared out among several."""

@@ -69,6 +69,7 @@ def test_what_was_warmed_up_is_compiled_once_and_comes_from_the_cache_the_next_t
 
 # Caches that travel. What a compiler would have left is put there by hand, except in the slow test.
 
+SHARED = ("flash-attn-4", "quack")  # packages that keep their kernels for all architectures together
 ONE = ("-m", "tiny", "--size", "64x64", "--batch-size", 1, "--text-lengths", 64)
 
 
@@ -86,8 +87,9 @@ def fill(made: CompileCache) -> None:
     (kernel / "gelu.cubin").write_bytes(bytes(range(256)))
     listed = {"child_paths": {"gelu.cubin": str(kernel / "gelu.cubin")}}
     (kernel / "__grp__gelu.json").write_text(json.dumps(listed))
-    (made.directory.parents[2] / "flash-attn-4").mkdir()
-    (made.directory.parents[2] / "flash-attn-4" / "forward.o").write_bytes(b"forward")
+    for package in SHARED:
+        (made.directory.parents[2] / package).mkdir()
+        (made.directory.parents[2] / package / "forward.o").write_bytes(package.encode())
     made.add("attention.json", {"1x128x2x32": "sdpa", "2x128x2x32": "sdpa"})
 
 
@@ -104,15 +106,15 @@ def test_a_cache_arrives_whole_elsewhere(exported: Path, inside, tmp_path: Path,
     here.add("attention.json", {"2x128x2x32": "fa4", "4x128x2x32": "fa4"})
     done = inside("warmup", "-m", "tiny", "--import", exported, "--json")
     assert done.returncode == 0, done.stderr
-    assert done.json["imported"] == 4
+    assert done.json["imported"] == 5
     kernel = here.directory / "triton" / "KEY"
     assert (kernel / "gelu.cubin").read_bytes() == bytes(range(256))
     listed = json.loads((kernel / "__grp__gelu.json").read_text())
     assert listed == {"child_paths": {"gelu.cubin": str(kernel / "gelu.cubin")}}
     choices = {name: here.attention(f"{name}x128x2x32") for name in "124"}
     assert choices == {"1": "sdpa", "2": "sdpa", "4": "fa4"}
-    assert files(tmp_path / "here")["flash-attn-4/forward.o"] == b"forward"
-    assert len(files(tmp_path / "here")) == 4
+    assert all(files(tmp_path / "here")[f"{package}/forward.o"] == package.encode() for package in SHARED)
+    assert len(files(tmp_path / "here")) == 5
 
 
 def test_a_file_that_exists_is_not_overwritten(exported: Path, inside) -> None:
