@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fluxcli.engine import cublaslt, pingpong, timing
-from fluxcli.engine.cublaslt import problem_of
+from fluxcli.engine.cublaslt import Problem, problem_of
 from fluxcli.engine.graphs import Pool, capture
 
 TORCH = "torch"  # torch's own call. Other choices: a name of `pingpong`, or cuBLASLt's algorithm, in hexadecimal
@@ -63,12 +63,9 @@ def remember(known: Mapping[str, str], device: torch.device) -> None:
     _choices.update({name: choice for name, choice in known.items() if not choice.startswith(lost)})
 
 
-def candidates(kind: str, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor | None) -> list[str]:
+def candidates(problem: Problem, device: torch.device) -> list[str]:
     """Everything that can do this product, torch's call first."""
-    problem = problem_of(kind, x, weight, bias, y)
-    if problem is None:
-        return [TORCH]
-    others = pingpong.choices(x.device) if problem.batches == 1 and problem.alignment >= _TMA_ALIGNMENT else ()
+    others = pingpong.choices(device) if problem.batches == 1 and problem.alignment >= _TMA_ALIGNMENT else ()
     return [TORCH, *(algorithm.hex() for algorithm in cublaslt.suggestions(problem)), *others]
 
 
@@ -76,19 +73,19 @@ def _product(kind: str, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tenso
     problem = problem_of(kind, x, weight, bias, y)
     choice = _choices.get(problem.name) if problem else TORCH
     if choice is None and problem and _tuning and problem.batches * problem.rows >= _FEW_ROWS:
-        choice = _choices[problem.name] = _fastest(kind, x, weight, bias, y)
-    return _run(choice or TORCH, kind, x, weight, bias, y)
+        choice = _choices[problem.name] = _fastest(problem, x, weight, bias, y)
+    return _run(choice or TORCH, problem, kind, x, weight, bias, y)
 
 
-def _run(choice: str, kind: str, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor | None) -> Tensor:
-    if choice == TORCH:
+def _run(
+    choice: str, problem: Problem | None, kind: str, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor | None
+) -> Tensor:
+    if problem is None or choice == TORCH:
         return _by_torch(kind, x, weight, bias, y)
     out = x.new_empty(*x.shape[:-1], weight.shape[0]) if y is None else y
     if choice.startswith("quack"):
         pingpong.multiply(choice, kind, x, weight, bias, out)
     else:
-        problem = problem_of(kind, x, weight, bias, y)
-        assert problem
         cublaslt.multiply(bytes.fromhex(choice), problem, x, weight, bias, out)
     return out
 
@@ -103,12 +100,12 @@ def _by_torch(kind: str, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tens
     return F.linear(x, weight, bias)
 
 
-def _fastest(kind: str, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor | None) -> str:
+def _fastest(problem: Problem, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor | None) -> str:
     scratch, device = None if y is None else y.clone(), str(x.device)
     pool = torch.cuda.graph_pool_handle()  # one result's memory for all
     runs: dict[str, Callable[[], None]] = {}
-    for choice in candidates(kind, x, weight, bias, y):
-        call = partial(_run, choice, kind, x, weight, bias, scratch)
+    for choice in candidates(problem, x.device):
+        call = partial(_run, choice, problem, problem.kind, x, weight, bias, scratch)
         try:
             call()
         except torch.OutOfMemoryError:

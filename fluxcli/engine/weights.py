@@ -268,7 +268,7 @@ def fill_random(slots: Slots, device: str) -> None:
             slot.fill_(1)
             continue
         # In pieces: FLUX.1's modulations are one matrix of 6.5 GB, and a second one of that size need not fit.
-        for piece in slot.view(-1).split(_PIECE):
+        for piece in slot.view(-1).split(_PIECE // slot.element_size()):
             piece.copy_(torch.empty_like(piece, device=device).normal_(0, deviation, generator=generator))
 
 

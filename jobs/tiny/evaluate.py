@@ -129,6 +129,13 @@ def sheet_cases() -> list[Case]:
     return [*cases("single", 16, 1), *cases("pair", 24, 1), *short[:24]]
 
 
+def quiet() -> None:
+    """No remarks of the libraries: long captions are cut for CLIP, as FLUX does, and each would be told."""
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("directory", nargs="?", type=Path, default=DIRECTORY)
@@ -142,12 +149,7 @@ def main() -> None:
     parser.add_argument("--sheet", type=Path, help="write a contact sheet of 64 unseen prompts here")
     arguments = parser.parse_args()
 
-    for library in (
-        diffusers,
-        transformers,
-    ):  # long captions are cut for CLIP, as FLUX does; no need to say so each time
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
+    quiet()
     pipeline = FluxPipeline.from_pretrained(arguments.directory, dtype=getattr(torch, arguments.dtype))
     render = partial(draw, pipeline, steps=arguments.steps, batch=arguments.batch_size)
     for kind in filter(None, arguments.kinds.split(",")):

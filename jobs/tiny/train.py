@@ -24,9 +24,7 @@ from functools import partial
 from itertools import accumulate, count, islice
 from pathlib import Path
 
-import diffusers
 import torch
-import transformers
 from diffusers import AutoencoderKL, FluxPipeline
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers import transformer_flux
@@ -36,7 +34,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextModel, T5EncoderModel
 
 from jobs.tiny.data import LONGEST, Pool, build_pool
-from jobs.tiny.evaluate import KINDS, Case, cases, contact_sheet, draw, score
+from jobs.tiny.evaluate import KINDS, Case, cases, contact_sheet, draw, quiet, score
 from jobs.tiny.pipeline import POOLED_WIDTH, SIZE, TEXT_WIDTH, build, save
 from jobs.tiny.reading import readers, reading_loss, reading_score
 from jobs.tiny.scenes import place, render
@@ -655,9 +653,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse()
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
+    quiet()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
     workers = None

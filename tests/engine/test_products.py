@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fluxcli.checkpoints import resolve
-from fluxcli.engine import ops, pingpong, products
+from fluxcli.engine import cublaslt, ops, pingpong, products
 from fluxcli.engine.cublaslt import problem_of
 from fluxcli.engine.device import resolve as resolve_device
 from fluxcli.engine.engine import Engine
@@ -88,7 +88,7 @@ def test_every_candidate_is_right(dtype: torch.dtype, kind: str, part: bool) -> 
     expected = reference(kind, x, weight, bias, before)
     own = (x, weight, None, before) if kind == "add" else (x, weight, bias, None)
     problem = problem_of(kind, *own)
-    found = products.candidates(kind, *own)
+    found = products.candidates(problem, x.device)
     assert len(found) > 1 and found[0] == TORCH
     assert part or set(pingpong.choices(x.device)) <= set(found)
     for choice in found:
@@ -96,6 +96,29 @@ def test_every_candidate_is_right(dtype: torch.dtype, kind: str, part: bool) -> 
         y = before.clone()
         made = products.add_linear(y, x, weight) if kind == "add" else products.linear(x, weight, bias, kind == "gelu")
         assert made.shape == expected.shape and error(made, expected) < 2 * TOLERANCE[dtype], choice
+
+
+@pytest.mark.parametrize("choice", ["quack 128x192", "00ff" * 32], ids=["quack", "cublaslt"])
+@pytest.mark.parametrize("kind", ["bias", "gelu", "add"])
+def test_what_the_table_says_is_what_runs(kind: str, choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With stand-ins for both libraries, which are told what to do and where the result belongs."""
+    told = []
+
+    def stand_in(chosen, what, x, weight, bias, y) -> None:
+        told.append((chosen, what if isinstance(what, str) else what.kind))
+        y.copy_(reference(kind, x, weight, weight[:, 0] if bias is None else bias, y))
+
+    monkeypatch.setattr(cublaslt, "version", lambda: 1)
+    monkeypatch.setattr(cublaslt, "multiply", stand_in)
+    monkeypatch.setattr(pingpong, "multiply", stand_in)
+    x, weight, bias = layer(torch.bfloat16, "cpu")
+    y = torch.randn(2, 96, 192).bfloat16()
+    own = (x, weight, None, y) if kind == "add" else (x, weight, bias, None)
+    monkeypatch.setitem(products._choices, problem_of(kind, *own).name, choice)
+    expected = reference(kind, x, weight, bias, y)
+    made = products.add_linear(y, x, weight) if kind == "add" else products.linear(x, weight, bias, kind == "gelu")
+    assert told == [(choice if choice.startswith("quack") else bytes.fromhex(choice), kind)]
+    assert error(made, expected) < TOLERANCE[torch.bfloat16]
 
 
 def test_what_is_no_longer_installed_is_chosen_anew(monkeypatch: pytest.MonkeyPatch) -> None:
