@@ -532,11 +532,10 @@ class Run:
 
         def evaluate() -> dict:
             normalize(average, self.pool.rows)
-            return {
-                "shift": average.config.shift_factor,
-                "scale": average.config.scaling_factor,
-                **reconstruction(average, cases("mixed", arguments.cases), self.workers),
-            }
+            measured = {"shift": average.config.shift_factor, "scale": average.config.scaling_factor}
+            if arguments.cases:
+                measured |= reconstruction(average, cases("mixed", arguments.cases), self.workers)
+            return measured
 
         self.train(trainer, "vae", step, evaluate)
         self.use_vae(self.out / "pipeline" / "vae")  # rounded as it ships, so that the flow learns its very latents

@@ -1,5 +1,6 @@
 """Training on a CPU, in small: what the resumed run does equals what the uninterrupted one does."""
 
+import json
 import random
 import sys
 from collections.abc import Callable
@@ -151,6 +152,13 @@ def test_the_flow_can_start_from_trained_text_encoders(tmp_path: Path, monkeypat
     shipped = FluxPipeline.from_pretrained(DIRECTORY, torch_dtype=torch.float32)
     assert all(same(getattr(pipeline, name), getattr(shipped, name)) for name in ("text_encoder", "text_encoder_2"))
     assert not same(pipeline.text_encoder_2, fresh.text_encoder_2) and same(pipeline.transformer, fresh.transformer)
+
+
+def test_the_vae_can_be_trained_without_an_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    run_in(tmp_path, monkeypatch, "--stages", "vae", "--cases", 0, "--vae-steps", 1, "--vae-batch", 4)
+    main()
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert last["finished"] and "read" not in last and (tmp_path / "pipeline" / "vae" / "config.json").exists()
 
 
 def test_what_asks_for_no_gradient_stays_as_it_is() -> None:
