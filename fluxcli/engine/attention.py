@@ -2,14 +2,17 @@
 
 sdpa    torch's own choice; the only one on a CPU
 cudnn   cuDNN through torch
-fa4     FlashAttention-4, package flash-attn-4 (Hopper, Blackwell)
+fa4     FlashAttention-4, package flash-attn-4 (Hopper, Blackwell), by the fastest of several tiles
 fa3     FlashAttention-3, module flash_attn_interface (Hopper)
 fa2     FlashAttention-2, package flash-attn
 """
 
 import importlib
+import inspect
 from collections.abc import Callable
 from functools import cache, partial
+from importlib import metadata
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +20,22 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fluxcli.config import ATTENTION
-from fluxcli.engine import timing
+from fluxcli.engine import choices, timing
 from fluxcli.engine.cache import share_cute_caches
+from fluxcli.engine.graphs import capture
 from fluxcli.errors import DeviceError
 
 _CANNOT = (RuntimeError, AssertionError, NotImplementedError)  # how the kernels say that a shape is not theirs
 _TURN_S = 0.05
+_HOPPER = 9
+_ITS_OWN = "fa4"
+# Tiles [queries, keys] on Hopper. Its own choice gives 64 queries to each of two groups of warps, the last one to each
+# of three, with the softmax passed through shared memory: more work for a load, where so large tiles fill the chip.
+_FA4_TILES: dict[str, dict[str, Any]] = {
+    _ITS_OWN: {},
+    "fa4 128x144": {"tile_mn": (128, 144)},
+    "fa4 192x128": {"tile_mn": (192, 128), "num_threads": 512, "mma_pv_is_rs": False},
+}
 _FLASH_MODULES = {"fa4": "flash_attn.cute", "fa3": "flash_attn_interface", "fa2": "flash_attn"}
 
 
@@ -33,8 +46,38 @@ def attention(qkv: Tensor, backend: str) -> Tensor:
     if backend == "cudnn":
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             return _sdpa(qkv)
+    if backend == "fa4" and (tiles := _fa4_tiles(qkv.device)):
+        return _fa4(qkv, tiles)
     result = _flash(backend)(*qkv.unbind(2))
     return result[0] if isinstance(result, tuple) else result
+
+
+def _fa4(qkv: Tensor, tiles: dict[str, Callable[..., tuple[Tensor, ...]]]) -> Tensor:
+    def run(name: str) -> Tensor:
+        return tiles[name](*qkv.unbind(2))[0]
+
+    shape = "x".join(map(str, (*qkv.shape, qkv.stride(1))))
+    problem = f"fa4 {str(qkv.dtype).removeprefix('torch.')} {shape}; {_fa4_release()}"
+    chosen = choices.fastest(problem, lambda: {name: partial(run, name) for name in tiles}, qkv.device)
+    return run(chosen or _ITS_OWN)
+
+
+@cache
+def _fa4_release() -> str:
+    return metadata.version("flash-attn-4")
+
+
+@cache
+def _fa4_tiles(device: torch.device) -> dict[str, Callable[..., tuple[Tensor, ...]]]:
+    """FlashAttention-4 with each of the tiles; none where its release or this GPU leaves no choice."""
+    share_cute_caches()
+    forward = getattr(importlib.import_module("flash_attn.cute.interface"), "_flash_attn_fwd", None)
+    settings = {name for tile in _FA4_TILES.values() for name in tile}
+    if torch.cuda.get_device_capability(device)[0] != _HOPPER or forward is None:
+        return {}
+    if not settings <= inspect.signature(forward).parameters.keys():
+        return {}
+    return {name: partial(forward, **tile) for name, tile in _FA4_TILES.items()}
 
 
 def _sdpa(qkv: Tensor) -> Tensor:
@@ -78,7 +121,8 @@ def milliseconds(
 ) -> dict[str, float]:
     """Time of one attention at this shape, for every backend that runs it, on random data.
 
-    By turns, each for long enough to heat the chip: timed one after the other, the first would win by its clock.
+    By turns, each for long enough to heat the chip: timed one after the other, the first would win by its clock. As
+    graphs, since a step launches nothing by itself.
     """
     qkv = torch.randn(batch, tokens, 3, heads, head_dim, device=device, dtype=dtype)
     runs: dict[str, timing.Run] = {}
@@ -89,7 +133,7 @@ def milliseconds(
                 run()
             except _CANNOT:
                 continue  # installed, but not for this shape or this GPU
-            runs[backend] = run
+            runs[backend] = capture(run)[0].replay
     times = timing.interleaved(runs, device, _TURN_S)
     return {backend: timing.milliseconds(each) for backend, each in times.items()}
 

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fluxcli.engine.strides import adjacent, alignment
+
 _WORKSPACE = 2**25  # bytes; what cuBLAS takes for itself on Hopper
-_ALIGNMENT = 256  # bytes; the most that cuBLASLt asks about
 _COMPUTE_32F, _R_32F, _TYPES = 68, 0, {torch.float16: 2, torch.bfloat16: 14}
 _TRANSA, _EPILOGUE, _BIAS_POINTER, _BIAS_TYPE = 3, 7, 8, 26  # of cublasLtMatmulDescAttributes_t
 _BATCH_COUNT, _BATCH_OFFSET = 5, 6  # of cublasLtMatrixLayoutAttribute_t
@@ -23,12 +24,14 @@ _EPILOGUES = {"bias": 4, "gelu": 36, "add": 1}
 _REDUCTION_COMPUTE_TYPE = 2
 _SUGGESTIONS = 16  # asked for; there are about 8 for a shape of FLUX.1's
 _ALGORITHM = ctypes.c_uint64 * 8
+_ANY_POINTER = 256  # aligned as well as can be
 
 
 class Problem(NamedTuple):
     """All that a choice depends on: y [batches, rows, outputs] = x [batches, rows, inputs] times a weight.
 
-    kind: "bias", "gelu" (of product and bias) or "add" (to what y holds). Strides count elements, alignment bytes.
+    kind: "bias", "gelu" (of product and bias) or "add" (to what y holds). Strides count elements; where all
+    batches are one matrix there are none between them. alignment is in bytes.
     """
 
     kind: str
@@ -40,37 +43,37 @@ class Problem(NamedTuple):
     batch_stride: int
     row_stride: int
     weight_stride: int
+    out_batch_stride: int
+    out_row_stride: int
     alignment: int
 
     @property
     def name(self) -> str:
-        """With cuBLASLt's version, for the cache."""
         kind, dtype, *numbers = self
-        return f"cublaslt {version()} {kind} {str(dtype).removeprefix('torch.')} {'x'.join(map(str, numbers))}"
+        return f"{kind} {str(dtype).removeprefix('torch.')} {'x'.join(map(str, numbers))}"
 
 
 def problem_of(kind: str, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor | None) -> Problem | None:
-    """None where cuBLASLt is not asked: for float32, and for tensors that do not lie as it wants them."""
-    if x.dtype not in _TYPES or x.stride(-1) != 1 or weight.stride(1) != 1 or (y is not None and not y.is_contiguous()):
+    """None where cuBLASLt is not asked: for float32, and for tensors that do not lie as it wants them.
+
+    Args:
+        y: where the result goes; None for a new tensor.
+    """
+    tall = [each for each in (x, y) if each is not None]
+    if x.dtype not in _TYPES or any(each.stride(-1) != 1 for each in (*tall, weight)):
         return None
-    batches, batch_stride = 1, 0
-    if not _adjacent(x):
-        if x.ndim != 3:
-            return None
-        batches, batch_stride = x.shape[0], x.stride(0)
-    size, outputs = x.element_size(), weight.shape[0]
-    places = [each.data_ptr() for each in (x, weight, bias, y) if each is not None]
-    strides = [size * each for each in (batch_stride, x.stride(-2), weight.stride(0), outputs)]
-    alignment = min((each & -each for each in (*places, *strides) if each), default=_ALIGNMENT)
+    outputs, one = weight.shape[0], all(map(adjacent, tall))
+    if not one and x.ndim != 3:
+        return None
+    batches = 1 if one else x.shape[0]
+    rows = x.shape[:-1].numel() // batches
+    out_row_stride = outputs if y is None else y.stride(-2)
+    out_batch_stride = 0 if one else rows * outputs if y is None else y.stride(0)
     return Problem(
-        kind, x.dtype, batches, x.shape[:-1].numel() // batches, x.shape[-1], outputs,
-        batch_stride, x.stride(-2), weight.stride(0), min(alignment, _ALIGNMENT),
+        kind, x.dtype, batches, rows, x.shape[-1], outputs,
+        0 if one else x.stride(0), x.stride(-2), weight.stride(0), out_batch_stride, out_row_stride,
+        min(alignment(x, weight, y), alignment(bias)),
     )  # fmt: skip
-
-
-def _adjacent(x: Tensor) -> bool:
-    """Whether the rows of all batches lie one stride apart."""
-    return all(x.stride(i) == x.stride(i + 1) * x.shape[i + 1] or x.shape[i] == 1 for i in range(x.ndim - 2))
 
 
 class _Suggestion(ctypes.Structure):  # cublasLtMatmulHeuristicResult_t
@@ -139,7 +142,7 @@ def _plan(problem: Problem) -> _Plan:
     operation = _made(library.cublasLtMatmulDescCreate, _COMPUTE_32F, _R_32F)
     settings = {_TRANSA: ctypes.c_int32(_OP_T), _EPILOGUE: ctypes.c_uint32(_EPILOGUES[problem.kind])}
     if problem.kind != "add":  # each call sets its own pointer; suggestions are asked for with any
-        settings |= {_BIAS_TYPE: ctypes.c_int32(dtype), _BIAS_POINTER: ctypes.c_uint64(_ALIGNMENT)}
+        settings |= {_BIAS_TYPE: ctypes.c_int32(dtype), _BIAS_POINTER: ctypes.c_uint64(_ANY_POINTER)}
     for attribute, value in settings.items():
         _set(library.cublasLtMatmulDescSetAttribute, operation, attribute, value)
 
@@ -157,7 +160,7 @@ def _plan(problem: Problem) -> _Plan:
         operation,
         layout(problem.inputs, problem.outputs, problem.weight_stride, 0),
         layout(problem.inputs, problem.rows, problem.row_stride, problem.batch_stride),
-        layout(problem.outputs, problem.rows, problem.outputs, problem.rows * problem.outputs),
+        layout(problem.outputs, problem.rows, problem.out_row_stride, problem.out_batch_stride),
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fluxcli.checkpoints import Checkpoint
 from fluxcli.config import EngineConfig
-from fluxcli.engine import attention, memory, products, sampling
+from fluxcli.engine import attention, choices, memory, sampling
 from fluxcli.engine.cache import CompileCache, compile_counts
 from fluxcli.engine.device import DTYPES
 from fluxcli.engine.graphs import StepGraph
@@ -24,7 +24,7 @@ from fluxcli.engine.weights import load_transformer
 from fluxcli.errors import DeviceError, OutOfMemory
 from fluxcli.records import Batch, Pictures, PromptRecord, ShapeKey, Timing, WarmUp
 
-_PRODUCTS = "products.json"  # in the compile cache
+_CHOICES = "choices.json"  # in the compile cache
 
 
 @dataclass
@@ -53,7 +53,7 @@ class Engine:
         self._cuda = self._device.startswith("cuda")
         self._cache = CompileCache(checkpoint, config)
         if self._cuda:
-            products.remember(self._cache.read(_PRODUCTS), torch.device(self._device))
+            choices.remember(self._cache.read(_CHOICES))
             torch.cuda.set_device(self._device)
             self._copies = torch.cuda.Stream()
             self._pool = torch.cuda.graph_pool_handle()
@@ -178,9 +178,10 @@ class Engine:
         height, width = self._latent_size(key)
         ids = sampling.position_ids(key.text_length, height, width, self._device)
         pe = rope(ids, self._flux.config.axes_dims_rope, ROPE_THETA)
-        prepared = _Prepared(self._backend(key, len(ids)), pe)
-        if self.config.compile:
-            self._rehearse(key, prepared)
+        with self._tuning():
+            prepared = _Prepared(self._backend(key, len(ids)), pe)
+            if self.config.compile:
+                self._rehearse(key, prepared)
         self._prepared[key] = prepared
         return prepared
 
@@ -198,19 +199,22 @@ class Engine:
             return self._flux(img, txt, prepared.pe, mod, prepared.backend)
 
         if self._cuda:
-            self._tune(lambda: step(img, txt, mod))
             prepared.graph = StepGraph(step, img, txt, mod, self._pool)
         else:
             step(img, txt, mod)
         self._decoder(sampling.unpack(img, height, width))
 
-    def _tune(self, step: Callable[[], object]) -> None:
-        """Settles how each matrix product of a step runs: as an earlier process found it, or by timing it now."""
-        before = products.choices()
-        with products.tuning():
-            step()
-        if new := products.choices().items() - before.items():
-            self._cache.add(_PRODUCTS, dict(new))
+    @contextmanager
+    def _tuning(self) -> Iterator[None]:
+        """What is met in the block runs as an earlier process found it fastest, or is timed now."""
+        if not (self._cuda and self.config.compile):
+            yield
+            return
+        before = choices.table()
+        with choices.tuning():
+            yield
+        if new := choices.table().items() - before.items():
+            self._cache.add(_CHOICES, dict(new))
 
     def _backend(self, key: ShapeKey, tokens: int) -> str:
         chosen = self.config.attention

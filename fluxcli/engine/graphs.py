@@ -4,7 +4,8 @@ batch.
 The number of steps, the guidance and the schedule are no part of a graph: they come in through the step's modulations
 and `dt`, which are copied into its static buffers before each replay."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import TypeVar
 
@@ -25,15 +26,35 @@ def capture(run: Callable[[], Result], pool: Pool | None = None) -> tuple[torch.
     it reads is read again by every replay, at the same addresses: the caller keeps it alive. Graphs that share a pool
     must not run at the same time; captured largest first, the smaller ones fit into the memory of the first.
     """
-    side = _side(torch.cuda.current_device())
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+    with aside():
         run()
-    torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):
         result = run()
     return graph, result
+
+
+def record(run: Callable[[], object], pool: Pool) -> torch.cuda.CUDAGraph:
+    """The graph of a `run` that ran `aside` before: for many short-lived graphs, since no free memory is given back to
+    the device for it, as torch does for each. To be called `aside` too."""
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    graph.capture_begin(pool=pool)
+    try:
+        run()
+    finally:
+        graph.capture_end()
+    return graph
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    """On a stream beside the current one, which waits for it: a graph cannot be captured on the default stream."""
+    side = _side(torch.cuda.current_device())
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        yield
+    torch.cuda.current_stream().wait_stream(side)
 
 
 @cache

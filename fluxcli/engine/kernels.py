@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxcli.engine.ops import HALF_MAX, NORM_EPS, Pending
+from fluxcli.engine.ops import NORM_EPS
+from fluxcli.engine.pending import HALF_MAX, Pending
 
 
 @triton.jit
@@ -56,51 +57,47 @@ def add_and_modulate(stream: Pending, shift: Tensor, scale: Tensor) -> tuple[Ten
 
 @triton.jit
 def _qk_norm_rope(
-    projection, joint, norm_q, norm_k, cos, sin,
-    tokens, first, sequence, source_token, eps,
-    HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, HEAD_DIM: tl.constexpr,
+    qkv, first_q, first_k, second_q, second_k, cos, sin,
+    rows, sequence, first, batch_stride, row_stride, eps,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    # One program per token and per one of q, k, v: a tile of all its heads.
-    row, which = tl.program_id(0), tl.program_id(1)
-    batch, position = (row // tokens).to(tl.int64), row % tokens + first
-    head, column = tl.arange(0, HEADS_PADDED)[:, None], tl.arange(0, HEAD_DIM)[None]
-    mask = head < HEADS
-    offsets = (which * HEADS + head) * HEAD_DIM + column
-    source = projection + row.to(tl.int64) * source_token + offsets
-    target = joint + (batch * sequence + position) * (3 * HEADS * HEAD_DIM) + offsets
-    raw = tl.load(source, mask=mask, other=0.0)
-    if which == 2:
-        tl.store(target, raw, mask=mask)
-    else:
-        x = raw.to(tl.float32)
-        weight = tl.load((norm_q if which == 0 else norm_k) + tl.arange(0, HEAD_DIM)).to(tl.float32)[None]
-        x = x * tl.rsqrt(tl.sum(x * x, axis=1)[:, None] / HEAD_DIM + eps) * weight
-        x = x.to(raw.dtype).to(tl.float32)  # the reference rounds between norm and rotation
-        a, b = tl.split(tl.reshape(x, (HEADS_PADDED, HEAD_DIM // 2, 2)))
-        pair = position * (HEAD_DIM // 2) + tl.arange(0, HEAD_DIM // 2)
-        c, s = tl.load(cos + pair)[None], tl.load(sin + pair)[None]
-        turned = tl.reshape(tl.join(a * c - b * s, b * c + a * s), (HEADS_PADDED, HEAD_DIM))
-        tl.store(target, turned.to(raw.dtype), mask=mask)
+    # One program per `TOKENS` tokens and per group of heads, all of them queries or all keys.
+    group = tl.program_id(1)
+    key = group * GROUP >= HEADS
+    line = tl.arange(0, TOKENS * GROUP)
+    row = tl.program_id(0) * TOKENS + line // GROUP
+    batch, position = (row // sequence).to(tl.int64), row % sequence
+    mask = (row < rows)[:, None]
+    column = tl.arange(0, HEAD_DIM)
+    start = batch * batch_stride + position.to(tl.int64) * row_stride + (group * GROUP + line % GROUP) * HEAD_DIM
+    place = qkv + start[:, None] + column[None]
+    raw = tl.load(place, mask=mask, other=0.0)
+    x = raw.to(tl.float32)
+    weight = tl.load((first_k if key else first_q) + column).to(tl.float32)[None]
+    other = tl.load((second_k if key else second_q) + column).to(tl.float32)[None]
+    weight = tl.where((position < first)[:, None], weight, other)
+    x = x * tl.rsqrt(tl.sum(x * x, axis=1)[:, None] / HEAD_DIM + eps) * weight
+    x = x.to(raw.dtype).to(tl.float32)  # the reference rounds between norm and rotation
+    a, b = tl.split(tl.reshape(x, (TOKENS * GROUP, HEAD_DIM // 2, 2)))
+    pair = position[:, None] * (HEAD_DIM // 2) + tl.arange(0, HEAD_DIM // 2)[None]
+    c, s = tl.load(cos + pair, mask=mask, other=0.0), tl.load(sin + pair, mask=mask, other=0.0)
+    turned = tl.reshape(tl.join(a * c - b * s, b * c + a * s), (TOKENS * GROUP, HEAD_DIM))
+    tl.store(place, turned.to(raw.dtype), mask=mask)
 
 
 def qk_norm_rope(
-    projections: list[Tensor], norms_q: list[Tensor], norms_k: list[Tensor], cos: Tensor, sin: Tensor, heads: int
+    qkv: Tensor, lengths: list[int], norms_q: list[Tensor], norms_k: list[Tensor], cos: Tensor, sin: Tensor
 ) -> Tensor:
     head_dim = 2 * cos.shape[1]
-    batch, sequence = projections[0].shape[0], cos.shape[0]
-    alone = len(projections) == 1
-    # A single stream is turned in place, which spares v the way through memory.
-    joint = projections[0] if alone else projections[0].new_empty(batch, sequence, 3 * heads * head_dim)
-    first = 0
-    for projection, norm_q, norm_k in zip(projections, norms_q, norms_k, strict=True):
-        tokens = projection.shape[1]
-        _qk_norm_rope[(batch * tokens, 2 if alone else 3)](
-            projection, joint, norm_q, norm_k, cos, sin,
-            tokens, first, sequence, projection.stride(1), NORM_EPS,
-            HEADS=heads, HEADS_PADDED=triton.next_power_of_2(heads), HEAD_DIM=head_dim,
-        )  # fmt: skip
-        first += tokens
-    return joint.view(batch, sequence, 3, heads, head_dim)
+    batch, sequence, width = qkv.shape
+    heads, tokens = width // (3 * head_dim), 4
+    group = min(heads & -heads, 8)  # as many as divide the heads, and are a power of two
+    _qk_norm_rope[(triton.cdiv(batch * sequence, tokens), 2 * heads // group)](
+        qkv, norms_q[0], norms_k[0], norms_q[-1], norms_k[-1], cos, sin,
+        batch * sequence, sequence, lengths[0], *qkv.stride()[:2], NORM_EPS,
+        HEADS=heads, GROUP=group, HEAD_DIM=head_dim, TOKENS=tokens, num_warps=8,
+    )  # fmt: skip
+    return qkv.unflatten(-1, (3, heads, head_dim))
 
 
 @triton.jit

@@ -5,39 +5,15 @@ or what `products` chose.
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fluxcli.engine import products
+from fluxcli.engine.pending import Pending
 
 NORM_EPS = 1e-6  # of every LayerNorm and RMSNorm in FLUX.1
-HALF_MAX = 65504.0  # the largest float16; the residual stream of FLUX leaves it now and then, and is clipped
-
-
-class Pending(NamedTuple):
-    """A stream [B, S, D] whose last update is still to be added: its value is x + gate * update.
-
-    The next norm adds it on its way, so that the stream crosses memory once where it would twice. gate [B, D] and
-    update [B, S, D] are None where nothing is pending.
-    """
-
-    x: Tensor
-    gate: Tensor | None = None
-    update: Tensor | None = None
-
-    def tail(self, first: int) -> "Pending":
-        """The tokens from `first` on."""
-        return Pending(self.x[:, first:], self.gate, None if self.update is None else self.update[:, first:])
-
-    def settle(self) -> Tensor:
-        """The stream's value [B, S, D]."""
-        if self.gate is None or self.update is None:
-            return self.x
-        total = self.x + self.gate[:, None] * self.update
-        return total.clip(-HALF_MAX, HALF_MAX) if total.dtype == torch.float16 else total
 
 
 def add_and_modulate(stream: Pending, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,6 +38,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return products.linear(x, weight, bias) if x.is_cuda else F.linear(x, weight, bias)
 
 
+def linear_joined(streams: list[Tensor], layers: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Each stream through a linear layer of its own, the results joined along the tokens.
+
+    streams [B, S_i, K], layers of weight [N, K] and bias [N] -> [B, S, N].
+    """
+    if not streams[0].is_cuda:
+        return torch.cat([F.linear(x, *layer) for x, layer in zip(streams, layers, strict=True)], dim=1)
+    lengths = [x.shape[1] for x in streams]
+    joined = streams[0].new_empty(len(streams[0]), sum(lengths), len(layers[0][0]))
+    for x, layer, out in zip(streams, layers, joined.split(lengths, dim=1), strict=True):
+        products.linear(x, *layer, out=out)
+    return joined
+
+
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """GELU, in its tanh form, of a linear layer. x [..., K], weight [N, K], bias [N] -> [..., N]."""
     if x.is_cuda:
@@ -69,17 +59,37 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.gelu(F.linear(x, weight, bias), approximate="tanh")
 
 
-def linear_of_two(a: Tensor, b: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """A linear layer over two inputs side by side, without laying them there: the second product adds to the first.
+def linear_and_gelu(x: Tensor, weight: Tensor, bias: Tensor, plain: int) -> tuple[Tensor, Tensor]:
+    """Two linear layers over one input, the first of `plain` outputs, the second through GELU in its tanh form.
 
-    a [B, S, K1], b [B, S, K2], weight [N, K1 + K2], bias [N] -> [B, S, N].
+    x [..., K], weight [N, K], bias [N] -> [..., plain], [..., N - plain], whose rows may lie apart.
+    """
+    if x.is_cuda:
+        return products.linear_and_gelu(x, weight, bias, plain)
+    return F.linear(x, weight[:plain], bias[:plain]), linear_gelu(x, weight[plain:], bias[plain:])
+
+
+def linear_gated(x: Tensor, gate: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor) -> Pending:
+    """A linear layer times gate, added to a stream or left pending.
+
+    x [B, S, N], contiguous, gate [B, N], inputs [B, S, K], weight [N, K], bias [N].
+    """
+    if x.is_cuda:
+        return products.gated(x, gate, inputs, weight, bias)
+    return Pending(x, gate, F.linear(inputs, weight, bias))
+
+
+def linear_of_two_gated(x: Tensor, gate: Tensor, a: Tensor, b: Tensor, weight: Tensor, bias: Tensor) -> Pending:
+    """`linear_gated` over two inputs side by side, without laying them there: the second product adds to the first.
+
+    x [B, S, N], contiguous, gate [B, N], a [B, S, K1], b [B, S, K2], weight [N, K1 + K2], bias [N].
     """
     first, second = weight.split((a.shape[-1], b.shape[-1]), dim=1)
-    out = linear(a, first, bias)
-    if a.is_cuda:
-        return products.add_linear(out, b, second)
+    if x.is_cuda:
+        return products.gated(x, gate, b, second, bias, more=products.linear(a, first, bias))
+    out = F.linear(a, first, bias)
     out.flatten(0, 1).addmm_(b.flatten(0, 1), second.t())
-    return out
+    return Pending(x, gate, out)
 
 
 def rope(ids: Tensor, axes_dims: tuple[int, ...], theta: float) -> tuple[Tensor, Tensor]:
@@ -96,30 +106,32 @@ def rope(ids: Tensor, axes_dims: tuple[int, ...], theta: float) -> tuple[Tensor,
 
 
 def qk_norm_rope(
-    projections: list[Tensor], norms_q: list[Tensor], norms_k: list[Tensor], cos: Tensor, sin: Tensor, heads: int
+    qkv: Tensor, lengths: list[int], norms_q: list[Tensor], norms_k: list[Tensor], cos: Tensor, sin: Tensor
 ) -> Tensor:
-    """RMSNorm and rotation of queries and keys, and the streams joined: all between projection and attention.
+    """RMSNorm and rotation of queries and keys: all between projection and attention.
 
     Args:
-        projections: each stream's q, k and v side by side, [B, S_i, 3D], contiguous; overwritten where there is one.
+        qkv: q, k and v of every token side by side, [B, S, 3D], whose rows may lie apart; overwritten on CUDA.
+        lengths: tokens of each stream, one or two.
         norms_q, norms_k: each stream's RMSNorm weights [Dh].
-        cos, sin: `rope` tables over the joint sequence, [S, Dh / 2] in float32.
+        cos, sin: `rope` tables, [S, Dh / 2] in float32.
 
     Returns:
-        qkv [B, S, 3, H, Dh], contiguous.
+        [B, S, 3, H, Dh].
     """
     head_dim = 2 * cos.shape[1]
+    heads = qkv.unflatten(-1, (3, -1, head_dim))
     # The kernel's tiles are powers of two, as FLUX's heads of 128 are.
-    if projections[0].is_cuda and head_dim & (head_dim - 1) == 0:
+    if qkv.is_cuda and head_dim & (head_dim - 1) == 0:
         from fluxcli.engine import kernels
 
-        return kernels.qk_norm_rope(projections, norms_q, norms_k, cos, sin, heads)
-    streams = []
-    for projection, norm_q, norm_k in zip(projections, norms_q, norms_k, strict=True):
-        q, k, v = projection.unflatten(-1, (3, heads, head_dim)).unbind(2)
-        q, k = (F.rms_norm(x, w.shape, w, eps=NORM_EPS) for x, w in ((q, norm_q), (k, norm_k)))
-        streams.append((q, k, v))
-    q, k, v = (torch.cat(parts, dim=1) for parts in zip(*streams, strict=True))
+        return kernels.qk_norm_rope(qkv, lengths, norms_q, norms_k, cos, sin)
+    parts = []
+    for part, *norms in zip(heads.split(lengths, dim=1), norms_q, norms_k, strict=True):
+        q, k, v = part.unbind(2)
+        q, k = (F.rms_norm(x, norm.shape, norm, eps=NORM_EPS) for x, norm in zip((q, k), norms, strict=True))
+        parts.append((q, k, v))
+    q, k, v = (torch.cat(each, dim=1) for each in zip(*parts, strict=True))
     return torch.stack((_rotate(q, cos, sin), _rotate(k, cos, sin), v), dim=2)
 
 

@@ -1,47 +1,69 @@
 """Matrix products by quack-kernels, on Hopper, where it is installed: two groups of warps take turns, so that the
-epilogue of one (bias, GELU) runs beside the product of the other."""
+epilogue of one (`epilogues`) runs beside the product of the other."""
 
 from functools import cache
+from importlib import metadata
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fluxcli.engine.cache import share_cute_caches
+from fluxcli.engine.strides import adjacent
 
 # Tiles [rows, outputs] of a group, by the names they have in the table of choices: the two fastest of five that were
 # tried at FLUX.1's shapes (jobs/bench/LOG.md).
 _TILES = {"quack 128x192": (128, 192), "quack 192x128": (192, 128)}
 _HOPPER = 9
-_ACTIVATIONS = {"bias": None, "gelu": "gelu_tanh_approx", "add": None}
 
 
 def choices(device: torch.device) -> tuple[str, ...]:
     """Names for `multiply`; none where there is no such GPU or no such package."""
-    return tuple(_TILES) if _kernels(device) else ()
+    return tuple(_TILES) if _package(device) else ()
 
 
-def multiply(choice: str, kind: str, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
-    """Fills y [..., N], contiguous, with x [..., K] times weight [N, K]; `kind` as in `cublaslt.Problem`."""
-    product, config = _kernels(x.device)
+@cache
+def release(device: torch.device) -> str:
+    """What `choices` depends on, for the name of a problem."""
+    return f"quack {metadata.version('quack-kernels')}" if _package(device) else "no quack"
+
+
+def multiply(choice: str, kind: str, inputs: Tensor, weight: Tensor, out: Tensor, **operands: Tensor) -> None:
+    """Fills out [..., N] with what the epilogue `kind` makes of inputs [..., K] times weight [N, K].
+
+    Args:
+        out: may be among the operands.
+        operands: the epilogue's, by name, in the dtype of inputs: a value for each output, [N] or by batch [B, N], or
+            for each row and output, like out.
+    """
+    epilogues, config = _package(inputs.device)
     rows, outputs = _TILES[choice]
-    target = y.flatten(0, -2)
-    product(
-        x.flatten(0, -2), weight.t(), target if kind == "add" else None, bias, _ACTIVATIONS[kind],
-        postact_out=target, store_preact=False, tuned=False,
+    batches = len(inputs) if inputs.ndim == 3 else 1
+    tall = [inputs, out, *(each for each in operands.values() if each.ndim == out.ndim)]
+    by_batch = any(each.ndim == 2 for each in operands.values())
+    if batches > 1 and (by_batch or not all(map(adjacent, tall))):
+        weights = weight.t().expand(batches, -1, -1)
+        operands = {name: each if each.ndim == 3 else each.expand(batches, -1) for name, each in operands.items()}
+    else:  # one matrix
+        weights, inputs, out = weight.t(), inputs.flatten(0, -2), out.flatten(0, -2)
+        operands = {name: each.flatten(0, 1) if each.ndim == 3 else each.view(1, -1) for name, each in operands.items()}
+    getattr(epilogues, kind)(
+        inputs, weights, out={"D": out}, tuned=False,
         config=config(tile_m=rows, tile_n=outputs, pingpong=True, cluster_m=2, is_dynamic_persistent=False),
+        **operands,
     )  # fmt: skip
 
 
 @cache
-def _kernels(device: torch.device) -> Any:
-    """quack's product with an activation, and the class of its settings."""
+def _package(device: torch.device) -> Any:
+    """(epilogues, quack's class of settings)."""
     if torch.cuda.get_device_capability(device)[0] != _HOPPER:
         return None
     share_cute_caches()
     try:
         from quack.gemm_config import GemmConfig
-        from quack.gemm_interface import gemm_act
+
+        from fluxcli.engine import epilogues
     except ImportError:
         return None
-    return gemm_act, GemmConfig
+    return epilogues, GemmConfig

@@ -1,38 +1,36 @@
 """The matrix products of a step on CUDA: each by the fastest there is for its shape.
 
 torch takes cuBLASLt's first suggestion, and copies where the rows of a batch do not follow each other. Here its other
-suggestions are timed too, and quack-kernels' products where that is installed, once per shape (`tuning`); the winner
-stays in the compile cache. All of them sum in float32, each in an order of its own. The table of choices is the
-process's, as cuBLASLt's handle is.
+suggestions are candidates too, and quack-kernels' products where that is installed: alone, or with what comes next in
+their epilogue. All of them sum in float32, each in an order of its own; `choices` times them.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
-from statistics import median
+from collections.abc import Callable, Mapping
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fluxcli.engine import cublaslt, pingpong, timing
+from fluxcli.engine import choices, cublaslt, pingpong
+from fluxcli.engine.choices import Way
 from fluxcli.engine.cublaslt import Problem, problem_of
-from fluxcli.engine.graphs import Pool, capture
+from fluxcli.engine.pending import Pending
+from fluxcli.engine.strides import adjacent, alignment
 
 TORCH = "torch"  # torch's own call. Other choices: a name of `pingpong`, or cuBLASLt's algorithm, in hexadecimal
-_FINALISTS = 3
-_TURN_S = 0.03
-_CALLS = 4  # in the graph that is timed
+APART = "apart"  # the product by the fastest, what comes next in a kernel of its own
 _FEW_ROWS = 1024  # fewer are a small part of a step, and not timed
 _TMA_ALIGNMENT = 16  # bytes; what Hopper's copy engine asks for
 
-_choices: dict[str, str] = {}
-_tuning = False
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool = False, out: Tensor | None = None) -> Tensor:
+    """x [..., K] times weight [N, K], plus bias [N], through GELU in its tanh form where `gelu` -> [..., N].
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool = False) -> Tensor:
-    """x [..., K] times weight [N, K], plus bias [N], through GELU in its tanh form where `gelu` -> [..., N]."""
-    return _product("gelu" if gelu else "bias", x, weight, bias, None)
+    Args:
+        out: where the result goes; its rows, and its batches, may lie apart.
+    """
+    return _product("gelu" if gelu else "bias", x, weight, bias, out)
 
 
 def add_linear(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
@@ -40,41 +38,99 @@ def add_linear(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     return _product("add", x, weight, None, y)
 
 
-@contextmanager
-def tuning() -> Iterator[None]:
-    """Times every product of a shape that is not in the table yet, for as long as the block runs. Elsewhere such a
-    product is torch's. Not to be entered while a graph is captured."""
-    global _tuning
-    _tuning = True
-    try:
-        yield
-    finally:
-        _tuning = False
+def linear_and_gelu(x: Tensor, weight: Tensor, bias: Tensor, plain: int) -> tuple[Tensor, Tensor]:
+    """Two layers over one input: x [..., K] times weight [N, K], plus bias [N], the outputs from `plain` on through
+    GELU in its tanh form -> [..., plain] and [..., N - plain], which may be parts of one tensor."""
+    outputs = (plain, len(bias) - plain)
+
+    def run(choice: str) -> tuple[Tensor, Tensor]:
+        if choice == APART:
+            (w, w_gelu), (b, b_gelu) = weight.split(outputs), bias.split(outputs)
+            return linear(x, w, b), linear(x, w_gelu, b_gelu, gelu=True)
+        out = x.new_empty(*x.shape[:-1], len(bias))
+        curved = _curved(plain, len(bias), x.dtype, x.device)
+        pingpong.multiply(choice, "gelu_in_part", x, weight, out, bias=bias, curved=curved)
+        first, second = out.split(outputs, dim=-1)
+        return first, second
+
+    problem = problem_of("gelu", x, weight, bias, None)
+
+    def ways() -> dict[str, Way]:
+        return {name: partial(run, name) for name in _fused(problem, x.device)}
+
+    return run(_choice(f"from {plain} on: ", problem, x.device, ways) or APART)
 
 
-def choices() -> dict[str, str]:
-    """The table: a problem's name -> what does it."""
-    return dict(_choices)
+def gated(x: Tensor, gate: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor, more: Tensor | None = None) -> Pending:
+    """x + gate * (inputs times weight, plus bias or `more`): summed, or left pending.
 
+    Args:
+        x: [B, S, N], contiguous. gate: [B, N].
+        inputs, weight, bias: [B, S, K], [N, K], [N].
+        more: [B, S, N], contiguous, in place of the bias; what it holds is lost.
+    """
 
-def remember(known: Mapping[str, str], device: torch.device) -> None:
-    """Adds an earlier process's choices to the table, but for what is no longer installed."""
-    lost = () if pingpong.choices(device) else ("quack",)
-    _choices.update({name: choice for name, choice in known.items() if not choice.startswith(lost)})
+    def run(choice: str, more: Tensor | None) -> Pending:
+        if choice == APART:
+            return Pending(x, gate, linear(inputs, weight, bias) if more is None else add_linear(more, inputs, weight))
+        out = torch.empty_like(x)
+        if more is None:
+            pingpong.multiply(choice, "gated", inputs, weight, out, x=x, gate=gate, bias=bias)
+        else:
+            pingpong.multiply(choice, "gated_sum", inputs, weight, out, x=x, gate=gate, more=more)
+        return Pending(out)
+
+    def with_norm(choice: str, more: Tensor | None) -> None:
+        # What is pending makes the next norm slower. Which modulations that is given makes no difference.
+        from fluxcli.engine.kernels import add_and_modulate
+
+        add_and_modulate(run(choice, more), gate, gate)
+
+    def ways() -> dict[str, Way]:
+        scratch = None if more is None else more.clone()
+        return {name: partial(with_norm, name, scratch) for name in _fused(problem, x.device)}
+
+    kind, own_bias = ("bias", bias) if more is None else ("add", None)
+    problem = problem_of(kind, inputs, weight, own_bias, more)
+    if x.dtype != torch.bfloat16 or alignment(x, gate) < _TMA_ALIGNMENT:  # float16 would have to be clipped
+        problem = None
+    return run(_choice("gated ", problem, x.device, ways) or APART, more)
 
 
 def candidates(problem: Problem, device: torch.device) -> list[str]:
-    """Everything that can do this product, torch's call first."""
-    others = pingpong.choices(device) if problem.batches == 1 and problem.alignment >= _TMA_ALIGNMENT else ()
-    return [TORCH, *(algorithm.hex() for algorithm in cublaslt.suggestions(problem)), *others]
+    """Everything that can do this product alone, torch's call first."""
+    return [TORCH, *(algorithm.hex() for algorithm in cublaslt.suggestions(problem)), *_pingpong(problem, device)]
+
+
+def _pingpong(problem: Problem | None, device: torch.device) -> tuple[str, ...]:
+    return pingpong.choices(device) if problem and problem.alignment >= _TMA_ALIGNMENT else ()
+
+
+def _fused(problem: Problem | None, device: torch.device) -> tuple[str, ...]:
+    """What can do a product with what comes next. Of quack's tiles the first: of ten shapes the other won one, by 1 %
+    (jobs/bench/LOG.md, 19)."""
+    return (APART, *_pingpong(problem, device)[:1])
+
+
+def _choice(
+    what: str, problem: Problem | None, device: torch.device, ways: Callable[[], Mapping[str, Way]]
+) -> str | None:
+    """What the table has for it. A problem is named with the versions of the libraries that may do it."""
+    if problem is None or problem.batches * problem.rows < _FEW_ROWS:
+        return None
+    name = f"{what}{problem.name}; cublaslt {cublaslt.version()}; {pingpong.release(device)}"
+    return choices.fastest(name, ways, device)
 
 
 def _product(kind: str, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor | None) -> Tensor:
     problem = problem_of(kind, x, weight, bias, y)
-    choice = _choices.get(problem.name) if problem else TORCH
-    if choice is None and problem and _tuning and problem.batches * problem.rows >= _FEW_ROWS:
-        choice = _choices[problem.name] = _fastest(problem, x, weight, bias, y)
-    return _run(choice or TORCH, problem, kind, x, weight, bias, y)
+
+    def ways() -> dict[str, Way]:
+        scratch = y.clone() if kind == "add" and y is not None else y  # added to once only; else written over
+        names = candidates(problem, x.device) if problem else [TORCH]
+        return {name: partial(_run, name, problem, kind, x, weight, bias, scratch) for name in names}
+
+    return _run(_choice("", problem, x.device, ways) or TORCH, problem, kind, x, weight, bias, y)
 
 
 def _run(
@@ -84,51 +140,28 @@ def _run(
         return _by_torch(kind, x, weight, bias, y)
     out = x.new_empty(*x.shape[:-1], weight.shape[0]) if y is None else y
     if choice.startswith("quack"):
-        pingpong.multiply(choice, kind, x, weight, bias, out)
+        pingpong.multiply(choice, kind, x, weight, out, **({"more": out} if bias is None else {"bias": bias}))
     else:
         cublaslt.multiply(bytes.fromhex(choice), problem, x, weight, bias, out)
     return out
 
 
 def _by_torch(kind: str, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor | None) -> Tensor:
-    if y is not None:
+    if bias is None:
+        assert y is not None
         y.flatten(0, -2).addmm_(x.flatten(0, -2), weight.t())
         return y
+    if kind == "bias" and y is not None and adjacent(y):
+        torch.addmm(bias, x.flatten(0, -2), weight.t(), out=y.flatten(0, -2))
+        return y
     if kind == "gelu":  # cuBLASLt's epilogue is the tanh form
-        out = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
-        return out.unflatten(0, x.shape[:-1])
-    return F.linear(x, weight, bias)
+        out = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True).unflatten(0, x.shape[:-1])
+    else:
+        out = F.linear(x, weight, bias)
+    return out if y is None else y.copy_(out)
 
 
-def _fastest(problem: Problem, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor | None) -> str:
-    scratch, device = None if y is None else y.clone(), str(x.device)
-    pool = torch.cuda.graph_pool_handle()  # one result's memory for all
-    runs: dict[str, Callable[[], None]] = {}
-    for choice in candidates(problem, x.device):
-        call = partial(_run, choice, problem, problem.kind, x, weight, bias, scratch)
-        try:
-            call()
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:
-            if not choice.startswith("quack"):
-                raise
-            continue  # a release of it that does not go with this torch or GPU
-        runs[choice] = _captured(call, pool)
-    once = {choice: timing.seconds(run, 1, device) for choice, run in runs.items()}
-    best = sorted(once, key=once.__getitem__)[:_FINALISTS]
-    times = timing.interleaved({choice: runs[choice] for choice in best}, device, _TURN_S)
-    return min(best, key=lambda choice: median(times[choice]))
-
-
-def _captured(call: Callable[[], Tensor], pool: Pool) -> Callable[[], None]:
-    """A replay of `_CALLS` calls, as a step makes them: launching takes some longer than others."""
-
-    def calls() -> None:
-        for _ in range(_CALLS):
-            call()
-
-    graph, _ = capture(calls, pool)
-    replay: Callable[[], None] = graph.replay
-    replay()
-    return replay
+@cache
+def _curved(plain: int, outputs: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[outputs], 1 from `plain` on."""
+    return (torch.arange(outputs, device=device) >= plain).to(dtype)

@@ -1,9 +1,9 @@
 """The FLUX.1 denoiser: 19 dual-stream and 38 single-stream blocks that predict the velocity of image latents.
 
-Names and layout follow the diffusers checkpoint, with two differences made where weights load (`slots`): the query, key
-and value projections of a stream are one product, and so are all modulation layers of all blocks, done once per batch
-rather than in every step. The residual stream travels as `Pending`: a block's last update is added by the norm of the
-next.
+Names and layout follow the diffusers checkpoint, with differences made where weights load (`slots`). Layers over one
+input are one layer: query, key and value of a stream, with the MLP's first in a single block; and the modulation layers
+of all blocks, done once per batch rather than in every step. The residual stream travels as `Pending`: a block's last
+update is added by the norm of the next, unless its product has added it.
 
 Shapes: B batch, L text tokens, I image tokens, S = L + I, D = heads * head dim, H heads.
 """
@@ -18,14 +18,17 @@ from torch import Tensor, nn
 
 from fluxcli.engine.attention import attention
 from fluxcli.engine.ops import (
-    Pending,
     add_and_modulate,
     linear,
+    linear_and_gelu,
+    linear_gated,
     linear_gelu,
-    linear_of_two,
+    linear_joined,
+    linear_of_two_gated,
     qk_norm_rope,
     timestep_embedding,
 )
+from fluxcli.engine.pending import Pending
 from fluxcli.errors import ModelError
 
 MLP_RATIO = 4  # fixed in FLUX.1; the config does not carry it
@@ -139,16 +142,13 @@ class Stream(nn.Module):
         self.mlp_up = Linear(dim, MLP_RATIO * dim)
         self.mlp_down = Linear(MLP_RATIO * dim, dim)
 
-    def project(self, stream: Pending, mod: Tensor) -> tuple[Tensor, Tensor]:
-        """The stream's value [B, S, D], and its q, k, v side by side [B, S, 3D]."""
-        x, normed = add_and_modulate(stream, mod[:, 0], mod[:, 1])
-        return x, self.qkv(normed)
-
     def finish(self, x: Tensor, attended: Tensor, mod: Tensor) -> Pending:
-        """The stream with the attention's output [B, S, D] added, and the MLP's still to add."""
+        """The stream's value x with the attention's output [B, S, D] added, and the MLP's added or still to add."""
         gate, mlp_shift, mlp_scale, mlp_gate = (mod[:, i] for i in range(2, DUAL_MODULATIONS))
-        x, normed = add_and_modulate(Pending(x, gate, self.out(attended)), mlp_shift, mlp_scale)
-        return Pending(x, mlp_gate, self.mlp_down(linear_gelu(normed, self.mlp_up.weight, self.mlp_up.bias)))
+        summed = linear_gated(x, gate, attended, self.out.weight, self.out.bias)
+        x, normed = add_and_modulate(summed, mlp_shift, mlp_scale)
+        up = linear_gelu(normed, self.mlp_up.weight, self.mlp_up.bias)
+        return linear_gated(x, mlp_gate, up, self.mlp_down.weight, self.mlp_down.bias)
 
     def slots(self, name: str, qkv: tuple[str, ...], norms: tuple[str, str], out: str, mlp: str) -> Slots:
         yield from self.qkv.slots(*(f"{name}.attn.{each}" for each in qkv))
@@ -164,19 +164,19 @@ class DualBlock(nn.Module):
 
     def __init__(self, dim: int, head_dim: int) -> None:
         super().__init__()
-        self.heads = dim // head_dim
         self.img = Stream(dim, head_dim)
         self.txt = Stream(dim, head_dim)
 
     def forward(self, img: Pending, txt: Pending, pe: Rope, mod: Tensor, backend: str) -> tuple[Pending, Pending]:
         """img [B, I, D], txt [B, L, D], mod [B, 12, D], image first -> the same two, one block on."""
         img_mod, txt_mod = mod[:, :DUAL_MODULATIONS], mod[:, DUAL_MODULATIONS:]
-        txt_x, txt_qkv = self.txt.project(txt, txt_mod)
-        img_x, img_qkv = self.img.project(img, img_mod)
-        norms = self.txt.norm, self.img.norm
-        queries, keys = [norm.query for norm in norms], [norm.key for norm in norms]
-        attended = attention(qk_norm_rope([txt_qkv, img_qkv], queries, keys, *pe, self.heads), backend).flatten(2)
-        txt_attended, img_attended = attended.split((txt_x.shape[1], img_x.shape[1]), dim=1)
+        txt_x, txt_normed = add_and_modulate(txt, txt_mod[:, 0], txt_mod[:, 1])
+        img_x, img_normed = add_and_modulate(img, img_mod[:, 0], img_mod[:, 1])
+        streams, lengths = (self.txt, self.img), [txt_x.shape[1], img_x.shape[1]]
+        qkv = linear_joined([txt_normed, img_normed], [(each.qkv.weight, each.qkv.bias) for each in streams])
+        queries, keys = [each.norm.query for each in streams], [each.norm.key for each in streams]
+        attended = attention(qk_norm_rope(qkv, lengths, queries, keys, *pe), backend).flatten(2)
+        txt_attended, img_attended = attended.split(lengths, dim=1)
         return self.img.finish(img_x, img_attended, img_mod), self.txt.finish(txt_x, txt_attended, txt_mod)
 
     def slots(self, name: str) -> Slots:
@@ -190,26 +190,26 @@ class SingleBlock(nn.Module):
 
     def __init__(self, dim: int, head_dim: int) -> None:
         super().__init__()
-        self.heads = dim // head_dim
-        self.qkv = Linear(dim, 3 * dim)
+        self.dim = dim
+        self.qkv_and_mlp_up = Linear(dim, (3 + MLP_RATIO) * dim)
         self.norm = QKNorm(head_dim)
-        self.mlp_up = Linear(dim, MLP_RATIO * dim)
         self.out = Linear((1 + MLP_RATIO) * dim, dim)
 
     def forward(self, stream: Pending, pe: Rope, mod: Tensor, backend: str) -> Pending:
         """The joint stream [B, S, D], mod [B, 3, D] -> the stream, one block on."""
         shift, scale, gate = mod.unbind(1)
         x, normed = add_and_modulate(stream, shift, scale)
-        qkv = qk_norm_rope([self.qkv(normed)], [self.norm.query], [self.norm.key], *pe, self.heads)
-        up = linear_gelu(normed, self.mlp_up.weight, self.mlp_up.bias)
-        out = linear_of_two(attention(qkv, backend).flatten(2), up, self.out.weight, self.out.bias)
-        return Pending(x, gate, out)
+        both = self.qkv_and_mlp_up
+        qkv, up = linear_and_gelu(normed, both.weight, both.bias, 3 * self.dim)
+        qkv = qk_norm_rope(qkv, [x.shape[1]], [self.norm.query], [self.norm.key], *pe)
+        attended = attention(qkv, backend).flatten(2)
+        return linear_of_two_gated(x, gate, attended, up, self.out.weight, self.out.bias)
 
     def slots(self, name: str) -> Slots:
-        yield from self.qkv.slots(*(f"{name}.attn.{each}" for each in ("to_q", "to_k", "to_v")))
+        names = (*(f"{name}.attn.{each}" for each in ("to_q", "to_k", "to_v")), f"{name}.proj_mlp")
+        yield from self.qkv_and_mlp_up.slots(*names, rows=(self.dim,) * 3 + (MLP_RATIO * self.dim,))
         yield f"{name}.attn.norm_q.weight", self.norm.query
         yield f"{name}.attn.norm_k.weight", self.norm.key
-        yield from self.mlp_up.slots(f"{name}.proj_mlp")
         yield from self.out.slots(f"{name}.proj_out")
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fluxcli.engine import ops
-from fluxcli.engine.ops import Pending
+from fluxcli.engine.pending import Pending
 
 gpu = [
     pytest.mark.gpu,
@@ -36,12 +36,14 @@ def stream(batch: int, tokens: int, dim: int, pending: bool, device: str, dtype:
     return whole.tail(3), shift, scale
 
 
-def heads(tokens: tuple[int, ...], heads: int, axes: tuple[int, ...], device: str, dtype: torch.dtype):
+def heads(tokens: tuple[int, ...], heads: int, axes: tuple[int, ...], apart: bool, device: str, dtype: torch.dtype):
+    """q, k and v of every token, where `apart` between what belongs to others, with all that turns them."""
     head_dim = sum(axes)
     ids = torch.randint(0, 64, (sum(tokens), 3), device=device)
-    projections = [torch.randn(2, each, 3 * heads * head_dim, device=device).to(dtype) for each in tokens]
+    width = 3 * heads * head_dim
+    qkv = torch.randn(2, sum(tokens), width + 64 * apart, device=device).to(dtype)[..., :width]
     norms = [[torch.rand(head_dim, device=device).to(dtype) + 0.5 for _ in tokens] for _ in range(2)]
-    return projections, *norms, *ops.rope(ids, axes, 10_000), heads
+    return qkv, list(tokens), *norms, *ops.rope(ids, axes, 10_000)
 
 
 def exact(x):
@@ -50,7 +52,7 @@ def exact(x):
         return x.double().cpu()
     if isinstance(x, Pending):
         return Pending(*(None if each is None else exact(each) for each in x))
-    return [exact(each) for each in x] if isinstance(x, list) else x
+    return type(x)(map(exact, x)) if isinstance(x, list | tuple) else x
 
 
 def check_add_and_modulate(given, dtype: torch.dtype, fused) -> None:
@@ -61,7 +63,7 @@ def check_add_and_modulate(given, dtype: torch.dtype, fused) -> None:
 def check_qk_norm_rope(given, dtype: torch.dtype, fused) -> None:
     theirs = ops.qk_norm_rope(*map(exact, given))
     ours = fused(*given)
-    assert ours.is_contiguous() and ours.shape == theirs.shape
+    assert ours.shape == theirs.shape
     assert error(ours, theirs) < TOLERANCE[dtype]
 
 
@@ -76,14 +78,15 @@ class TestAddAndModulate:
         check_add_and_modulate(stream(2, 517, dim, pending, "cuda", dtype), dtype, ops.add_and_modulate)
 
 
+@pytest.mark.parametrize("apart", [False, True], ids=["adjacent", "apart"])
 @pytest.mark.parametrize("shape", [DUAL, SINGLE, SMALL], ids=["dual", "single", "small"])
 @DTYPES
 class TestQkNormRope:
     pytestmark = gpu
 
-    def test_equals_its_reference(self, dtype: torch.dtype, shape) -> None:
+    def test_equals_its_reference(self, dtype: torch.dtype, shape, apart: bool) -> None:
         torch.manual_seed(0)
-        check_qk_norm_rope(heads(*shape, "cuda", dtype), dtype, ops.qk_norm_rope)
+        check_qk_norm_rope(heads(*shape, apart, "cuda", dtype), dtype, ops.qk_norm_rope)
 
 
 def pictures(shape: tuple[int, ...], device: str, dtype: torch.dtype):
@@ -122,21 +125,37 @@ class TestVae:
         assert error(ops.add_biased(*given), ops.add_biased(*map(exact, given))) < TOLERANCE[dtype]
 
 
+def drawn(*shapes: tuple[int, ...], device: str, dtype: torch.dtype) -> list[Tensor]:
+    return [torch.randn(shape).to(device, dtype) for shape in shapes]
+
+
+PRODUCTS = {
+    "linear_gelu": [(2, 65, 96), (384, 96), (384,)],
+    "linear_and_gelu": [(2, 65, 96), (672, 96), (672,)],
+    "linear_gated": [(2, 65, 96), (2, 96), (2, 65, 384), (96, 384), (96,)],
+    "linear_of_two_gated": [(2, 65, 96), (2, 96), (2, 65, 96), (2, 65, 384), (96, 480), (96,)],
+}
+
+
+@pytest.mark.parametrize("name", [*PRODUCTS, "linear_joined"])
 @DTYPES
 class TestProducts:
     pytestmark = gpu
 
-    def test_gelu_in_the_epilogue_is_the_tanh_form(self, dtype: torch.dtype) -> None:
+    def test_equals_its_reference(self, dtype: torch.dtype, name: str) -> None:
         torch.manual_seed(0)
-        x, weight, bias = 3 * torch.randn(2, 65, 96), torch.randn(384, 96) / 10, torch.randn(384)
-        given = [each.to("cuda", dtype) for each in (x, weight, bias)]
-        ours, theirs = ops.linear_gelu(*given), ops.linear_gelu(*map(exact, given))
-        assert error(ours, theirs) < 2 * TOLERANCE[dtype]
-
-    def test_two_inputs_side_by_side(self, dtype: torch.dtype) -> None:
-        torch.manual_seed(0)
-        given = [torch.randn(shape).to("cuda", dtype) for shape in ((2, 65, 96), (2, 65, 384), (96, 480), (96,))]
-        assert error(ops.linear_of_two(*given), ops.linear_of_two(*map(exact, given))) < 2 * TOLERANCE[dtype]
+        if name == "linear_joined":
+            a, b, *layers = drawn(
+                (2, 65, 96), (2, 33, 96), (192, 96), (192,), (192, 96), (192,), device="cuda", dtype=dtype
+            )
+            given = [[a, b], [tuple(layers[:2]), tuple(layers[2:])]]
+        else:
+            given = drawn(*PRODUCTS[name], device="cuda", dtype=dtype) + ([288] if name == "linear_and_gelu" else [])
+        ours, theirs = (getattr(ops, name)(*each) for each in (given, [exact(each) for each in given]))
+        if isinstance(theirs, Pending):
+            ours, theirs = ours.settle(), theirs.settle()
+        for one, other in zip(ours, theirs, strict=True):
+            assert error(one, other) < 2 * TOLERANCE[dtype]
 
 
 def test_float16_clips_what_it_cannot_hold() -> None:
@@ -158,8 +177,8 @@ def interpret() -> None:
     for dtype in (torch.float32, torch.float16):
         for pending in (True, False):
             check_add_and_modulate(stream(2, 5, 96, pending, "cpu", dtype), dtype, kernels.add_and_modulate)
-        for tokens in ((3, 5), (4,)):
-            check_qk_norm_rope(heads(tokens, 3, (8, 12, 12), "cpu", dtype), dtype, kernels.qk_norm_rope)
+        for tokens, many, apart in (((3, 6), 3, False), ((4,), 8, True)):
+            check_qk_norm_rope(heads(tokens, many, (8, 12, 12), apart, "cpu", dtype), dtype, kernels.qk_norm_rope)
         given = pictures((2, 24, 7, 9), "cpu", dtype)
         check_group_norm_silu(given, 8, dtype, kernels.group_norm_silu)
         added = given[0], given[0].flip(2).contiguous(memory_format=torch.channels_last), given[1]
@@ -177,9 +196,17 @@ def test_rotation_keeps_lengths_and_depends_on_relative_positions_only() -> None
 
 
 def test_one_linear_layer_over_two_inputs() -> None:
-    a, b, weight, bias = torch.randn(2, 5, 8), torch.randn(2, 5, 24), torch.randn(8, 32), torch.randn(8)
+    x, gate, a, b, weight, bias = (torch.randn(shape) for shape in PRODUCTS["linear_of_two_gated"])
     whole = torch.nn.functional.linear(torch.cat((a, b), dim=-1), weight, bias)
-    assert torch.allclose(ops.linear_of_two(a, b, weight, bias), whole, atol=1e-5)
+    made = ops.linear_of_two_gated(x, gate, a, b, weight, bias).settle()
+    assert torch.allclose(made, x + gate[:, None] * whole, atol=1e-4)
+
+
+def test_two_linear_layers_over_one_input() -> None:
+    x, weight, bias = (torch.randn(shape) for shape in PRODUCTS["linear_and_gelu"])
+    first, second = ops.linear_and_gelu(x, weight, bias, 288)
+    assert torch.allclose(first, ops.linear(x, weight[:288], bias[:288]), atol=1e-4)
+    assert torch.allclose(second, ops.linear_gelu(x, weight[288:], bias[288:]), atol=1e-4)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
 """The matrix products of a step: whatever is chosen for a shape, it computes the same."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fluxcli.checkpoints import resolve
-from fluxcli.engine import cublaslt, ops, pingpong, products
+from fluxcli.engine import attention, choices, cublaslt, ops, pingpong, products, timing
 from fluxcli.engine.cublaslt import problem_of
 from fluxcli.engine.device import resolve as resolve_device
 from fluxcli.engine.engine import Engine
@@ -26,7 +28,7 @@ def on_gpu(test):
 
 @pytest.fixture(autouse=True)
 def empty_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "_choices", {})
+    monkeypatch.setattr(choices, "_table", {})
 
 
 def layer(dtype: torch.dtype, device: str, rows: int = 96, inputs: int = 64, outputs: int = 192):
@@ -49,6 +51,14 @@ def test_a_part_of_every_sequence_is_a_batch_of_products() -> None:
     problem = problem_of("bias", x[:, 32:], weight, bias, None)
     assert (problem.batches, problem.rows, problem.batch_stride) == (2, 64, 96 * 64)
     assert problem_of("bias", x[:1, 32:], weight, bias, None).batches == 1
+
+
+def test_a_result_between_others_is_a_batch_of_products_or_one_with_a_stride() -> None:
+    x, weight, bias = layer(torch.bfloat16, "cpu")
+    problem = problem_of("bias", x, weight, bias, torch.empty(2, 128, 192).bfloat16()[:, 32:])
+    assert (problem.batches, problem.batch_stride, problem.out_batch_stride) == (2, 96 * 64, 128 * 192)
+    problem = problem_of("bias", x, weight, bias, torch.empty(2, 96, 256).bfloat16()[..., 64:])
+    assert (problem.batches, problem.rows, problem.out_row_stride) == (1, 192, 256)
 
 
 def test_a_part_of_a_weight_keeps_its_stride() -> None:
@@ -76,26 +86,74 @@ def reference(kind: str, x: Tensor, weight: Tensor, bias: Tensor, y: Tensor) -> 
     return ops.linear_gelu(x, weight, bias) if kind == "gelu" else ops.linear(x, weight, bias)
 
 
+def name(problem, device: str = "cuda", what: str = "") -> str:
+    """As the table has it."""
+    return f"{what}{problem.name}; cublaslt {cublaslt.version()}; {pingpong.release(torch.device(device))}"
+
+
 @on_gpu
-@pytest.mark.parametrize("part", [False, True], ids=["whole", "part of every sequence"])
+@pytest.mark.parametrize("part", ["whole", "of every sequence", "into every sequence", "into every row"])
 @pytest.mark.parametrize("kind", ["bias", "gelu", "add"])
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_every_candidate_is_right(dtype: torch.dtype, kind: str, part: bool) -> None:
+def test_every_candidate_is_right(dtype: torch.dtype, kind: str, part: str) -> None:
     torch.manual_seed(0)
     x, weight, bias = layer(dtype, "cuda", 640, 512, 768)
-    x = x[:, 128:] if part else x
-    before = torch.randn(*x.shape[:-1], 768, device="cuda").to(dtype)
+    x = x[:, 128:] if part == "of every sequence" else x
+    before = torch.randn(2, 768, 1024, device="cuda").to(dtype)
+    before = before[:, 768 - x.shape[1] :] if "sequence" in part else before[:, : x.shape[1]].contiguous()
+    before = before[..., :768] if part.startswith("into") else before[..., :768].contiguous()
+    if part == "into every sequence":
+        before = torch.randn(2, 768, 768, device="cuda").to(dtype)[:, 128:]
+    if kind == "add" and part.startswith("into"):
+        pytest.skip("what is added to is contiguous")
     expected = reference(kind, x, weight, bias, before)
-    own = (x, weight, None, before) if kind == "add" else (x, weight, bias, None)
-    problem = problem_of(kind, *own)
+    target = before if kind == "add" or part.startswith("into") else None
+    problem = problem_of(kind, x, weight, None if kind == "add" else bias, target)
     found = products.candidates(problem, x.device)
-    assert len(found) > 1 and found[0] == TORCH
-    assert part or set(pingpong.choices(x.device)) <= set(found)
+    assert len(found) > 1 and found[0] == TORCH and set(pingpong.choices(x.device)) <= set(found)
     for choice in found:
-        products.remember({problem.name: choice}, x.device)
-        y = before.clone()
-        made = products.add_linear(y, x, weight) if kind == "add" else products.linear(x, weight, bias, kind == "gelu")
+        choices.remember({name(problem): choice})
+        y = None if target is None else before.clone() if before.is_contiguous() else before
+        made = (
+            products.add_linear(y, x, weight) if kind == "add" else products.linear(x, weight, bias, kind == "gelu", y)
+        )
         assert made.shape == expected.shape and error(made, expected) < 2 * TOLERANCE[dtype], choice
+        assert y is None or made.data_ptr() == y.data_ptr()
+
+
+@on_gpu
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("op", ["linear_and_gelu", "linear_gated", "linear_of_two_gated"])
+def test_what_comes_next_may_be_in_the_epilogue(op: str, batch: int) -> None:
+    """By all that quack-kernels offers here, and as a part of every sequence as it is in a step."""
+    torch.manual_seed(0)
+    dtype, rows, dim = torch.bfloat16, 1040, 384
+
+    def draw(*shape: int, scale: float = 1) -> Tensor:
+        return (torch.randn(shape, device="cuda") * scale).to(dtype)
+
+    x, gate = draw(batch, rows, dim), draw(batch, 5, dim)[:, 2]
+    a, b = draw(batch, rows + 64, dim)[:, 64:], draw(batch, rows, 7 * dim)[..., 3 * dim :]
+    weight, bias = draw(7 * dim, 5 * dim, scale=(5 * dim) ** -0.5), draw(7 * dim)
+    given = {
+        "linear_and_gelu": (x, weight[:, :dim], bias, 3 * dim),
+        "linear_gated": (x, gate, a, weight[:dim, :dim], bias[:dim]),
+        "linear_of_two_gated": (x, gate, x, b, weight[:dim], bias[:dim]),
+    }[op]
+    expected = getattr(ops, op)(*map(exact, given))
+    with choices.tuning():
+        getattr(ops, op)(*given)
+    (own,) = [each for each in choices.table() if each.startswith(("gated", "from"))]
+    for choice in (products.APART, *pingpong.choices(x.device)):
+        choices.remember({own: choice})
+        made = getattr(ops, op)(*given)
+        if op != "linear_and_gelu":
+            assert (made.update is None) == (choice != products.APART)
+            made, settled = [made.settle()], [expected.settle()]
+        else:
+            settled = expected
+        for one, other in zip(made, settled, strict=True):
+            assert error(one, other) < 2 * TOLERANCE[dtype], choice
 
 
 @pytest.mark.parametrize("choice", ["quack 128x192", "00ff" * 32], ids=["quack", "cublaslt"])
@@ -104,46 +162,85 @@ def test_what_the_table_says_is_what_runs(kind: str, choice: str, monkeypatch: p
     """With stand-ins for both libraries, which are told what to do and where the result belongs."""
     told = []
 
-    def stand_in(chosen, what, x, weight, bias, y) -> None:
-        told.append((chosen, what if isinstance(what, str) else what.kind))
-        y.copy_(reference(kind, x, weight, weight[:, 0] if bias is None else bias, y))
+    def by_quack(chosen, what, x, weight, out, bias=None, more=None) -> None:
+        told.append((chosen, what))
+        out.copy_(reference(what, x, weight, weight[:, 0] if bias is None else bias, out if more is None else more))
+
+    def by_cublaslt(chosen, problem, x, weight, bias, y) -> None:
+        told.append((chosen.hex(), problem.kind))
+        y.copy_(reference(problem.kind, x, weight, weight[:, 0] if bias is None else bias, y))
 
     monkeypatch.setattr(cublaslt, "version", lambda: 1)
-    monkeypatch.setattr(cublaslt, "multiply", stand_in)
-    monkeypatch.setattr(pingpong, "multiply", stand_in)
-    x, weight, bias = layer(torch.bfloat16, "cpu")
-    y = torch.randn(2, 96, 192).bfloat16()
+    monkeypatch.setattr(pingpong, "release", lambda device: "quack 1")
+    monkeypatch.setattr(cublaslt, "multiply", by_cublaslt)
+    monkeypatch.setattr(pingpong, "multiply", by_quack)
+    x, weight, bias = layer(torch.bfloat16, "cpu", rows=512)
+    y = torch.randn(2, 512, 192).bfloat16()
     own = (x, weight, None, y) if kind == "add" else (x, weight, bias, None)
-    monkeypatch.setitem(products._choices, problem_of(kind, *own).name, choice)
+    choices.remember({name(problem_of(kind, *own), "cpu"): choice})
     expected = reference(kind, x, weight, bias, y)
     made = products.add_linear(y, x, weight) if kind == "add" else products.linear(x, weight, bias, kind == "gelu")
-    assert told == [(choice if choice.startswith("quack") else bytes.fromhex(choice), kind)]
+    assert told == [(choice, kind)]
     assert error(made, expected) < TOLERANCE[torch.bfloat16]
 
 
-def test_what_is_no_longer_installed_is_chosen_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pingpong, "choices", lambda device: ())
-    products.remember({"one": "quack 128x192", "other": TORCH}, torch.device("cpu"))
-    assert products.choices() == {"other": TORCH}
+@pytest.mark.parametrize("choice", [None, products.APART, "quack 128x192"])
+@pytest.mark.parametrize("op", ["linear_and_gelu", "linear_gated", "linear_of_two_gated"])
+def test_what_comes_next_is_done_where_the_table_says(op: str, choice: str | None, monkeypatch) -> None:
+    """With a stand-in for quack-kernels, which is told what belongs into the epilogue."""
+    told = []
+
+    def by_quack(chosen, kind, inputs, weight, out, bias=0, more=0, x=0, gate=None, curved=None) -> None:
+        told.append((chosen, kind))
+        plain = inputs @ weight.T + bias + more
+        if curved is not None:
+            assert set(curved.tolist()) == {0, 1}
+            plain = torch.where(curved > 0, F.gelu(plain, approximate="tanh"), plain)
+        out.copy_(plain if gate is None else x + gate[:, None] * plain)
+
+    monkeypatch.setattr(cublaslt, "version", lambda: 1)
+    monkeypatch.setattr(pingpong, "release", lambda device: "quack 1")
+    monkeypatch.setattr(pingpong, "multiply", by_quack)
+    monkeypatch.setattr(choices, "fastest", lambda name, *rest: choice if name.startswith(("from", "gated")) else None)
+    torch.manual_seed(0)
+    x, gate, a, b = (torch.randn(*shape).bfloat16() for shape in ((2, 512, 32), (2, 32), (2, 512, 32), (2, 512, 128)))
+    weight, bias = torch.randn(32, 160).div(12).bfloat16(), torch.randn(32).bfloat16()
+    if op == "linear_and_gelu":
+        weight, bias = torch.randn(224, 32).div(6).bfloat16(), torch.randn(224).bfloat16()
+        ours = products.linear_and_gelu(x, weight, bias, 96)
+        theirs = ops.linear_and_gelu(*map(exact, (x, weight, bias)), 96)
+        kind = "gelu_in_part"
+    elif op == "linear_gated":
+        ours = [products.gated(x, gate, a, weight[:, :32], bias).settle()]
+        theirs = [ops.linear_gated(*map(exact, (x, gate, a, weight[:, :32], bias))).settle()]
+        kind = "gated"
+    else:
+        first = products.linear(a, weight[:, :32], bias)
+        ours = [products.gated(x, gate, b, weight[:, 32:], bias, more=first).settle()]
+        theirs = [ops.linear_of_two_gated(*map(exact, (x, gate, a, b, weight, bias))).settle()]
+        kind = "gated_sum"
+    assert told == ([(choice, kind)] if str(choice).startswith("quack") else [])
+    for one, other in zip(ours, theirs, strict=True):
+        assert error(one, other) < 2 * TOLERANCE[torch.bfloat16]
 
 
 @on_gpu
 def test_few_rows_are_left_to_torch() -> None:
     x, weight, bias = layer(torch.bfloat16, "cuda")
-    with products.tuning():
+    with choices.tuning():
         products.linear(x, weight, bias)
-    assert not products.choices()
+    assert not choices.table()
 
 
 @on_gpu
 def test_shapes_are_timed_once_and_only_while_tuning() -> None:
     x, weight, bias = layer(torch.bfloat16, "cuda", rows=1024)
     products.linear(x, weight, bias)
-    assert not products.choices()
-    with products.tuning():
+    assert not choices.table()
+    with choices.tuning():
         products.linear(x, weight, bias)
         products.linear(x, weight.clone(), bias)
-    (choice,) = products.choices().values()
+    (choice,) = choices.table().values()
     assert choice == TORCH or choice.startswith("quack") or len(bytes.fromhex(choice)) == 64
 
 
@@ -151,9 +248,39 @@ def test_shapes_are_timed_once_and_only_while_tuning() -> None:
 def test_adding_while_tuning_adds_once() -> None:
     x, weight, _ = layer(torch.bfloat16, "cuda", rows=1024)
     before = torch.randn(2, 1024, 192, device="cuda").bfloat16()
-    with products.tuning():
+    with choices.tuning():
         made = products.add_linear(before.clone(), x, weight)
     assert error(made, reference("add", x, weight, weight[:, 0], before)) < 2 * TOLERANCE[torch.bfloat16]
+
+
+@on_gpu
+@pytest.mark.parametrize("kind", ["bias", "gelu"])
+def test_tuning_writes_where_the_result_belongs_and_nowhere_else(kind: str) -> None:
+    x, weight, bias = layer(torch.bfloat16, "cuda", rows=1024)
+    whole = torch.full((2, 1280, 256), 7.0, device="cuda").bfloat16()
+    part = whole[:, 128:1152, :192]
+    with choices.tuning():
+        products.linear(x, weight, bias, kind == "gelu", out=part)
+    assert error(part, reference(kind, x, weight, bias, part)) < 2 * TOLERANCE[torch.bfloat16]
+    assert (whole.sum(dtype=torch.float64) - part.sum(dtype=torch.float64)).item() == 7 * (whole.numel() - part.numel())
+
+
+@on_gpu
+def test_every_tile_of_flash_attention_4_is_right() -> None:
+    tiles = (
+        attention._fa4_tiles(torch.device("cuda:0")) if attention.missing("fa4", "cuda", torch.bfloat16) is None else {}
+    )
+    if not tiles:
+        pytest.skip("FlashAttention-4 is not installed, or leaves no choice here")
+    torch.manual_seed(0)
+    qkv = torch.randn(2, 700, 7, 4, 128, device="cuda").bfloat16()[:, :, :3]
+    expected = attention.attention(exact(qkv), "sdpa")
+    with choices.tuning():
+        attention.attention(qkv, "fa4")
+    (own,) = choices.table()
+    for tile in tiles:
+        choices.remember({own: tile})
+        assert error(attention.attention(qkv, "fa4"), expected) < 2 * TOLERANCE[torch.bfloat16], tile
 
 
 @on_gpu
@@ -163,11 +290,54 @@ def test_a_later_engine_takes_over_what_was_chosen(pipeline, tmp_path: Path, mon
 
     def warmed() -> dict[str, str]:
         Engine(resolve(str(pipeline(DEEP))), resolve_device("cuda", "bfloat16", None, "auto")).warm_up([key])
-        return products.choices()
+        return choices.table()
 
     first = warmed()
-    (file,) = tmp_path.rglob("products.json")
+    (file,) = tmp_path.rglob("choices.json")
     assert json.loads(file.read_text()) == first and first
-    products._choices.clear()
-    monkeypatch.setattr(products, "_fastest", lambda *args: pytest.fail("timed again"))
+    choices._table.clear()
+    monkeypatch.setattr(choices, "_timed", lambda *args: pytest.fail("timed again"))
     assert warmed() == first
+
+
+class TestChoices:
+    """The table itself, with a clock that counts what each way is said to take."""
+
+    @pytest.fixture(autouse=True)
+    def stopwatch(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(choices, "_recorded", lambda way, pool: way)
+        monkeypatch.setattr(choices, "aside", nullcontext)
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+        monkeypatch.setattr(timing, "seconds", lambda run, calls, device: run())
+        monkeypatch.setattr(
+            timing, "interleaved", lambda runs, device, turn: {each: [run()] for each, run in runs.items()}
+        )
+
+    def settle(self, **seconds: float) -> str | None:
+        ways = {each: lambda taken=taken: taken for each, taken in seconds.items()}
+        return choices.fastest("a product", lambda: ways, torch.device("cpu"))
+
+    def test_the_fastest_is_taken_and_stays(self) -> None:
+        assert self.settle(one=3, other=2) is None
+        with choices.tuning():
+            assert self.settle(one=3, other=2, third=5) == "other"
+            assert self.settle(one=1, other=2) == "other"
+        assert self.settle(one=1) == "other" and choices.table() == {"a product": "other"}
+
+    def test_what_cannot_run_is_left_out_and_said_once(self) -> None:
+        choices._left_out.cache_clear()
+
+        def broken() -> float:
+            raise RuntimeError("no such kernel\nat some place")
+
+        ways = {"torch": lambda: 2.0, "quack 1": broken, "quack 2": broken}
+        with choices.tuning(), pytest.warns(UserWarning, match="quack .* is left out: no such kernel$") as said:
+            assert choices.fastest("a product", lambda: ways, torch.device("cpu")) == "torch"
+        assert len(said) == 1
+
+    def test_the_first_way_must_run(self) -> None:
+        def broken() -> float:
+            raise RuntimeError("the device is gone")
+
+        with choices.tuning(), pytest.raises(RuntimeError, match="the device is gone"):
+            choices.fastest("a product", lambda: {"torch": broken, "quack": lambda: 1}, torch.device("cpu"))
