@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fluxcli import __version__, config
-from fluxcli.errors import FluxcliError, UsageError
+from fluxcli.errors import FluxcliError, Remark, UsageError
 
 if TYPE_CHECKING:
     from fluxcli.checkpoints import Checkpoint
@@ -47,6 +47,8 @@ class _Cli(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         warnings.simplefilter("ignore")  # the libraries' remarks to their own users
+        warnings.simplefilter("once", Remark)
+        warnings.showwarning = lambda message, *where: say(f"Warning: {message}")
         if os.environ.get("NO_COLOR"):
             ctx.color = False
         try:

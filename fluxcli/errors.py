@@ -9,6 +9,8 @@ FluxcliError            exit 1: nothing more could be done
 ├── JobError            the output directory: another job's, somebody else's, or not writable
 └── OutOfMemory         a batch that does not fit the device; the runner tries smaller ones
 RowError                one bad input row: becomes a line in failures.jsonl, never an exit
+
+Remark                  a warning: nothing fails of it, but the user should know
 """
 
 
@@ -59,3 +61,7 @@ class RowError(Exception):
         super().__init__(message)
         self.kind = kind
         self.id = id
+
+
+class Remark(UserWarning):
+    """The message is what the user reads, once."""

@@ -14,6 +14,7 @@ import torch
 
 from fluxcli.engine import timing
 from fluxcli.engine.graphs import Pool, aside, record
+from fluxcli.errors import Remark
 
 Way = Callable[[], object]
 
@@ -89,7 +90,8 @@ def _runs(name: str, way: Way, sure: bool) -> bool:
 @cache
 def _left_out(package: str, reason: str) -> None:
     # A release of an optional package that does not go with this torch or GPU.
-    warnings.warn(f"{package} cannot do here what it is installed for, and is left out: {reason}", stacklevel=2)
+    message = f"{package} cannot do here what it is installed for, and is left out: {reason}"
+    warnings.warn(message, Remark, stacklevel=2)
 
 
 def _recorded(way: Way, pool: Pool) -> Way:

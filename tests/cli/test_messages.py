@@ -251,3 +251,24 @@ def test_a_sharded_model_makes_the_same_image(sharded: Path, pipeline, inside, t
         result = inside("gen", "a", "-m", model, "-o", f"{number}.png", *SMALL[2:])
         assert result.returncode == 0, result.stderr
     assert Image.open(tmp_path / "0.png").tobytes() == Image.open(tmp_path / "1.png").tobytes()
+
+
+REMARKING = """
+import sys, warnings
+from fluxcli.cli import cli
+from fluxcli.errors import Remark
+
+@cli.command()
+def remark():
+    for _ in range(2):
+        warnings.warn("a library's own remark")
+        warnings.warn("quack is left out", Remark)
+
+sys.argv[1:] = ["remark"]
+cli()
+"""
+
+
+def test_a_remark_is_told_once_and_those_of_libraries_are_not() -> None:
+    done = subprocess.run([sys.executable, "-c", REMARKING], capture_output=True, text=True, env=ENVIRONMENT)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "Warning: quack is left out\n")

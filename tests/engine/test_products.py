@@ -14,6 +14,7 @@ from fluxcli.engine import attention, choices, cublaslt, ops, pingpong, products
 from fluxcli.engine.cublaslt import problem_of
 from fluxcli.engine.device import resolve as resolve_device
 from fluxcli.engine.engine import Engine
+from fluxcli.errors import Remark
 from fluxcli.records import ShapeKey
 from tests.engine.test_ops import TOLERANCE, error, exact
 from tests.pipelines import DEEP
@@ -331,7 +332,7 @@ class TestChoices:
             raise RuntimeError("no such kernel\nat some place")
 
         ways = {"torch": lambda: 2.0, "quack 1": broken, "quack 2": broken}
-        with choices.tuning(), pytest.warns(UserWarning, match="quack .* is left out: no such kernel$") as said:
+        with choices.tuning(), pytest.warns(Remark, match="quack .* is left out: no such kernel$") as said:
             assert choices.fastest("a product", lambda: ways, torch.device("cpu")) == "torch"
         assert len(said) == 1
 
