@@ -211,10 +211,12 @@ class Engine:
             yield
             return
         before = choices.table()
-        with choices.tuning():
-            yield
-        if new := choices.table().items() - before.items():
-            self._cache.add(_CHOICES, dict(new))
+        try:
+            with choices.tuning():
+                yield
+        finally:  # what was timed before memory ran out need not be timed again
+            if new := choices.table().items() - before.items():
+                self._cache.add(_CHOICES, dict(new))
 
     def _backend(self, key: ShapeKey, tokens: int) -> str:
         chosen = self.config.attention
