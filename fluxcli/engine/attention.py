@@ -29,8 +29,8 @@ _CANNOT = (RuntimeError, AssertionError, NotImplementedError)  # how the kernels
 _TURN_S = 0.05
 _HOPPER = 9
 _ITS_OWN = "fa4"
-# Tiles [queries, keys] on Hopper. Its own choice gives 64 queries to each of two groups of warps, the last one to each
-# of three, with the softmax passed through shared memory: more work for a load, where so large tiles fill the chip.
+# Tiles [queries, keys] on Hopper, and what goes with them. Beside its own choice, 128x128, the two that were fastest
+# somewhere, at 1024x1024: one at batch 1; one, whose softmax passes through shared memory, at batch 16.
 _FA4_TILES: dict[str, dict[str, Any]] = {
     _ITS_OWN: {},
     "fa4 128x144": {"tile_mn": (128, 144)},

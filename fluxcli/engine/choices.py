@@ -19,7 +19,7 @@ from fluxcli.errors import Remark
 Way = Callable[[], object]
 
 _FINALISTS = 3
-_TURN_S = 0.06  # long enough for the chip's power limit to answer
+_TURN_S = 0.06  # longer turns come nearer to the clock of a step, and make warming up longer
 _CALLS = 4  # in the graph that is timed
 
 _table: dict[str, str] = {}
@@ -52,7 +52,8 @@ def fastest(problem: str, ways: Callable[[], Mapping[str, Way]], device: torch.d
 
     Args:
         problem: names everything that the choice depends on, versions too.
-        ways: gives the ways by their names, the one that surely runs first. Asked for only to be timed.
+        ways: gives the ways by their names, which begin with a library's; the one that surely runs first. Asked for
+            only to be timed.
     """
     if problem not in _table and _tuning:
         _table[problem] = _timed(ways(), str(device))
@@ -88,9 +89,9 @@ def _runs(name: str, way: Way, sure: bool) -> bool:
 
 
 @cache
-def _left_out(package: str, reason: str) -> None:
-    # A release of an optional package that does not go with this torch or GPU.
-    message = f"{package} cannot do here what it is installed for, and is left out: {reason}"
+def _left_out(library: str, reason: str) -> None:
+    # Mostly a release of an optional package that does not go with this torch or GPU.
+    message = f"{library} cannot do here what it is there for, and is left out: {reason}"
     warnings.warn(message, Remark, stacklevel=2)
 
 

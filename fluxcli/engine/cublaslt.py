@@ -69,10 +69,11 @@ def problem_of(kind: str, x: Tensor, weight: Tensor, bias: Tensor | None, y: Ten
     rows = x.shape[:-1].numel() // batches
     out_row_stride = outputs if y is None else y.stride(-2)
     out_batch_stride = 0 if one else rows * outputs if y is None else y.stride(0)
+    row_bytes = out_row_stride * x.element_size()
     return Problem(
         kind, x.dtype, batches, rows, x.shape[-1], outputs,
         0 if one else x.stride(0), x.stride(-2), weight.stride(0), out_batch_stride, out_row_stride,
-        min(alignment(x, weight, y), alignment(bias)),
+        min(alignment(x, weight, bias, y), row_bytes & -row_bytes),
     )  # fmt: skip
 
 

@@ -120,13 +120,12 @@ def qk_norm_rope(
         [B, S, 3, H, Dh].
     """
     head_dim = 2 * cos.shape[1]
-    heads = qkv.unflatten(-1, (3, -1, head_dim))
     # The kernel's tiles are powers of two, as FLUX's heads of 128 are.
     if qkv.is_cuda and head_dim & (head_dim - 1) == 0:
         from fluxcli.engine import kernels
 
         return kernels.qk_norm_rope(qkv, lengths, norms_q, norms_k, cos, sin)
-    parts = []
+    parts, heads = [], qkv.unflatten(-1, (3, -1, head_dim))
     for part, *norms in zip(heads.split(lengths, dim=1), norms_q, norms_k, strict=True):
         q, k, v = part.unbind(2)
         q, k = (F.rms_norm(x, norm.shape, norm, eps=NORM_EPS) for x, norm in zip((q, k), norms, strict=True))

@@ -18,8 +18,9 @@ from fluxcli.engine.cublaslt import Problem, problem_of
 from fluxcli.engine.pending import Pending
 from fluxcli.engine.strides import adjacent, alignment
 
-TORCH = "torch"  # torch's own call. Other choices: a name of `pingpong`, or cuBLASLt's algorithm, in hexadecimal
+TORCH = "torch"  # torch's own call. Other choices: a name of `pingpong`, or one of cuBLASLt's algorithms
 APART = "apart"  # the product by the fastest, what comes next in a kernel of its own
+_CUBLASLT = "cublaslt"
 _FEW_ROWS = 1024  # fewer are a small part of a step, and not timed
 _TMA_ALIGNMENT = 16  # bytes; what Hopper's copy engine asks for
 
@@ -99,7 +100,8 @@ def gated(x: Tensor, gate: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor,
 
 def candidates(problem: Problem, device: torch.device) -> list[str]:
     """Everything that can do this product alone, torch's call first."""
-    return [TORCH, *(algorithm.hex() for algorithm in cublaslt.suggestions(problem)), *_pingpong(problem, device)]
+    suggested = (f"{_CUBLASLT} {algorithm.hex()}" for algorithm in cublaslt.suggestions(problem))
+    return [TORCH, *suggested, *_pingpong(problem, device)]
 
 
 def _pingpong(problem: Problem | None, device: torch.device) -> tuple[str, ...]:
@@ -142,7 +144,7 @@ def _run(
     if choice.startswith("quack"):
         pingpong.multiply(choice, kind, x, weight, out, **({"more": out} if bias is None else {"bias": bias}))
     else:
-        cublaslt.multiply(bytes.fromhex(choice), problem, x, weight, bias, out)
+        cublaslt.multiply(bytes.fromhex(choice.removeprefix(_CUBLASLT)), problem, x, weight, bias, out)
     return out
 
 
