@@ -7,8 +7,8 @@ from quack.activation import gelu_tanh_approx
 from quack.epilogue.frontend import gemm_epilogue
 from quack.epilogue.ops import RowVecLoad, TileLoad
 
-_bias, _gate, _curved = (RowVecLoad(name) for name in ("bias", "gate", "curved"))  # a value for each output
-_x, _more = TileLoad("x"), TileLoad("more")  # a value for each row and output
+_bias, _curved = RowVecLoad("bias"), RowVecLoad("curved")  # a value for each output
+_more = TileLoad("more")  # a value for each row and output
 
 
 @gemm_epilogue(ops={"bias": _bias})
@@ -31,13 +31,3 @@ def gelu_in_part(acc: Any, bias: Any, curved: Any) -> dict[str, Any]:
 @gemm_epilogue(ops={"more": _more})
 def add(acc: Any, more: Any) -> dict[str, Any]:
     return {"D": more + acc}
-
-
-@gemm_epilogue(ops={"x": _x, "gate": _gate, "bias": _bias})
-def gated(acc: Any, x: Any, gate: Any, bias: Any) -> dict[str, Any]:
-    return {"D": x + gate * (acc + bias)}
-
-
-@gemm_epilogue(ops={"x": _x, "gate": _gate, "more": _more})
-def gated_sum(acc: Any, x: Any, gate: Any, more: Any) -> dict[str, Any]:
-    return {"D": x + gate * (acc + more)}

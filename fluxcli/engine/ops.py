@@ -69,27 +69,17 @@ def linear_and_gelu(x: Tensor, weight: Tensor, bias: Tensor, plain: int) -> tupl
     return F.linear(x, weight[:plain], bias[:plain]), linear_gelu(x, weight[plain:], bias[plain:])
 
 
-def linear_gated(x: Tensor, gate: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor) -> Pending:
-    """A linear layer times gate, added to a stream or left pending.
+def linear_of_two(a: Tensor, b: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A linear layer over two inputs side by side, without laying them there: the second product adds to the first.
 
-    x [B, S, N], contiguous, gate [B, N], inputs [B, S, K], weight [N, K], bias [N].
-    """
-    if x.is_cuda:
-        return products.gated(x, gate, inputs, weight, bias)
-    return Pending(x, gate, F.linear(inputs, weight, bias))
-
-
-def linear_of_two_gated(x: Tensor, gate: Tensor, a: Tensor, b: Tensor, weight: Tensor, bias: Tensor) -> Pending:
-    """`linear_gated` over two inputs side by side, without laying them there: the second product adds to the first.
-
-    x [B, S, N], contiguous, gate [B, N], a [B, S, K1], b [B, S, K2], weight [N, K1 + K2], bias [N].
+    a [B, S, K1], b [B, S, K2], weight [N, K1 + K2], bias [N] -> [B, S, N].
     """
     first, second = weight.split((a.shape[-1], b.shape[-1]), dim=1)
-    if x.is_cuda:
-        return products.gated(x, gate, b, second, bias, more=products.linear(a, first, bias))
-    out = F.linear(a, first, bias)
+    out = linear(a, first, bias)
+    if out.is_cuda:
+        return products.add_linear(out, b, second)
     out.flatten(0, 1).addmm_(b.flatten(0, 1), second.t())
-    return Pending(x, gate, out)
+    return out
 
 
 def rope(ids: Tensor, axes_dims: tuple[int, ...], theta: float) -> tuple[Tensor, Tensor]:

@@ -33,15 +33,14 @@ def multiply(choice: str, kind: str, inputs: Tensor, weight: Tensor, out: Tensor
 
     Args:
         out: may be among the operands.
-        operands: the epilogue's, by name, in the dtype of inputs: a value for each output, [N] or by batch [B, N], or
-            for each row and output, like out.
+        operands: the epilogue's, by name, in the dtype of inputs: a value for each output [N], or for each row and
+            output, like out.
     """
     epilogues, config = _package(inputs.device)
     rows, outputs = _TILES[choice]
     batches = len(inputs) if inputs.ndim == 3 else 1
     tall = [inputs, out, *(each for each in operands.values() if each.ndim == out.ndim)]
-    by_batch = any(each.ndim == 2 for each in operands.values())
-    if batches > 1 and (by_batch or not all(map(adjacent, tall))):
+    if batches > 1 and not all(map(adjacent, tall)):
         weights = weight.t().expand(batches, -1, -1)
         operands = {name: each if each.ndim == 3 else each.expand(batches, -1) for name, each in operands.items()}
     else:  # one matrix

@@ -15,8 +15,7 @@ from torch import Tensor
 from fluxcli.engine import choices, cublaslt, pingpong
 from fluxcli.engine.choices import Way
 from fluxcli.engine.cublaslt import Problem, problem_of
-from fluxcli.engine.pending import Pending
-from fluxcli.engine.strides import adjacent, alignment
+from fluxcli.engine.strides import adjacent
 
 TORCH = "torch"  # torch's own call. Other choices: a name of `pingpong`, or one of cuBLASLt's algorithms
 APART = "apart"  # the product by the fastest, what comes next in a kernel of its own
@@ -60,42 +59,6 @@ def linear_and_gelu(x: Tensor, weight: Tensor, bias: Tensor, plain: int) -> tupl
         return {name: partial(run, name) for name in _fused(problem, x.device)}
 
     return run(_choice(f"from {plain} on: ", problem, x.device, ways) or APART)
-
-
-def gated(x: Tensor, gate: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor, more: Tensor | None = None) -> Pending:
-    """x + gate * (inputs times weight, plus bias or `more`): summed, or left pending.
-
-    Args:
-        x: [B, S, N], contiguous. gate: [B, N].
-        inputs, weight, bias: [B, S, K], [N, K], [N].
-        more: [B, S, N], contiguous, in place of the bias; what it holds is lost.
-    """
-
-    def run(choice: str, more: Tensor | None) -> Pending:
-        if choice == APART:
-            return Pending(x, gate, linear(inputs, weight, bias) if more is None else add_linear(more, inputs, weight))
-        out = torch.empty_like(x)
-        if more is None:
-            pingpong.multiply(choice, "gated", inputs, weight, out, x=x, gate=gate, bias=bias)
-        else:
-            pingpong.multiply(choice, "gated_sum", inputs, weight, out, x=x, gate=gate, more=more)
-        return Pending(out)
-
-    def with_norm(choice: str, more: Tensor | None) -> None:
-        # What is pending makes the next norm slower. Which modulations that is given makes no difference.
-        from fluxcli.engine.kernels import add_and_modulate
-
-        add_and_modulate(run(choice, more), gate, gate)
-
-    def ways() -> dict[str, Way]:
-        scratch = None if more is None else more.clone()
-        return {name: partial(with_norm, name, scratch) for name in _fused(problem, x.device)}
-
-    kind, own_bias = ("bias", bias) if more is None else ("add", None)
-    problem = problem_of(kind, inputs, weight, own_bias, more)
-    if x.dtype != torch.bfloat16 or alignment(x, gate) < _TMA_ALIGNMENT:  # float16 would have to be clipped
-        problem = None
-    return run(_choice("gated ", problem, x.device, ways) or APART, more)
 
 
 def candidates(problem: Problem, device: torch.device) -> list[str]:

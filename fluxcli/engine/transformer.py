@@ -3,7 +3,7 @@
 Names and layout follow the diffusers checkpoint, with differences made where weights load (`slots`). Layers over one
 input are one layer: query, key and value of a stream, with the MLP's first in a single block; and the modulation layers
 of all blocks, done once per batch rather than in every step. The residual stream travels as `Pending`: a block's last
-update is added by the norm of the next, unless its product has added it.
+update is added by the norm of the next.
 
 Shapes: B batch, L text tokens, I image tokens, S = L + I, D = heads * head dim, H heads.
 """
@@ -21,10 +21,9 @@ from fluxcli.engine.ops import (
     add_and_modulate,
     linear,
     linear_and_gelu,
-    linear_gated,
     linear_gelu,
     linear_joined,
-    linear_of_two_gated,
+    linear_of_two,
     qk_norm_rope,
     timestep_embedding,
 )
@@ -143,12 +142,10 @@ class Stream(nn.Module):
         self.mlp_down = Linear(MLP_RATIO * dim, dim)
 
     def finish(self, x: Tensor, attended: Tensor, mod: Tensor) -> Pending:
-        """The stream's value x with the attention's output [B, S, D] added, and the MLP's added or still to add."""
+        """The stream's value x with the attention's output [B, S, D] added, and the MLP's still to add."""
         gate, mlp_shift, mlp_scale, mlp_gate = (mod[:, i] for i in range(2, DUAL_MODULATIONS))
-        summed = linear_gated(x, gate, attended, self.out.weight, self.out.bias)
-        x, normed = add_and_modulate(summed, mlp_shift, mlp_scale)
-        up = linear_gelu(normed, self.mlp_up.weight, self.mlp_up.bias)
-        return linear_gated(x, mlp_gate, up, self.mlp_down.weight, self.mlp_down.bias)
+        x, normed = add_and_modulate(Pending(x, gate, self.out(attended)), mlp_shift, mlp_scale)
+        return Pending(x, mlp_gate, self.mlp_down(linear_gelu(normed, self.mlp_up.weight, self.mlp_up.bias)))
 
     def slots(self, name: str, qkv: tuple[str, ...], norms: tuple[str, str], out: str, mlp: str) -> Slots:
         yield from self.qkv.slots(*(f"{name}.attn.{each}" for each in qkv))
@@ -203,7 +200,7 @@ class SingleBlock(nn.Module):
         qkv, up = linear_and_gelu(normed, both.weight, both.bias, 3 * self.dim)
         qkv = qk_norm_rope(qkv, [x.shape[1]], [self.norm.query], [self.norm.key], *pe)
         attended = attention(qkv, backend).flatten(2)
-        return linear_of_two_gated(x, gate, attended, up, self.out.weight, self.out.bias)
+        return Pending(x, gate, linear_of_two(attended, up, self.out.weight, self.out.bias))
 
     def slots(self, name: str) -> Slots:
         names = (*(f"{name}.attn.{each}" for each in ("to_q", "to_k", "to_v")), f"{name}.proj_mlp")
