@@ -72,8 +72,8 @@ def _pingpong(problem: Problem | None, device: torch.device) -> tuple[str, ...]:
 
 
 def _fused(problem: Problem | None, device: torch.device) -> tuple[str, ...]:
-    """What can do a product with what comes next. Of quack's tiles the first: of ten shapes the other won one, by 1 %
-    (jobs/bench/LOG.md, 19)."""
+    """What can do a product with what comes next. Of quack's tiles the first, whose rounds over the chip it is for
+    (jobs/bench/LOG.md, 20)."""
     return (APART, *_pingpong(problem, device)[:1])
 
 
