@@ -21,7 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fluxcli.config import ATTENTION
 from fluxcli.engine import choices, timing
-from fluxcli.engine.cache import share_cute_caches
+from fluxcli.engine.cache import share_cute_caches, version
+from fluxcli.engine.choices import FAULTS
 from fluxcli.engine.graphs import capture
 from fluxcli.errors import DeviceError
 
@@ -37,6 +38,7 @@ _FA4_TILES: dict[str, dict[str, Any]] = {
     "fa4 192x128": {"tile_mn": (192, 128), "num_threads": 512, "mma_pv_is_rs": False},
 }
 _FLASH_MODULES = {"fa4": "flash_attn.cute", "fa3": "flash_attn_interface", "fa2": "flash_attn"}
+_FLASH_PACKAGES = ("flash-attn-4", "flash-attn-3", "flash-attn")
 
 
 def attention(qkv: Tensor, backend: str) -> Tensor:
@@ -116,6 +118,12 @@ def check(backend: str, device: str, dtype: torch.dtype) -> None:
         raise DeviceError(f"--attention {backend}: {reason}; use --attention auto")
 
 
+def comparison(*shape: int) -> str:
+    """A name for `milliseconds` of this shape: with all that decides which backend is fastest on one machine."""
+    releases = [f"{package} {release}" for package in _FLASH_PACKAGES if (release := version(package))]
+    return "; ".join(["x".join(map(str, shape)), *releases])
+
+
 def milliseconds(
     batch: int, tokens: int, heads: int, head_dim: int, device: str, dtype: torch.dtype
 ) -> dict[str, float]:
@@ -131,6 +139,8 @@ def milliseconds(
             run = partial(attention, qkv, backend)
             try:
                 run()
+            except FAULTS:
+                raise
             except _CANNOT:
                 continue  # installed, but not for this shape or this GPU
             runs[backend] = capture(run)[0].replay
@@ -139,9 +149,11 @@ def milliseconds(
 
 
 def require(backend: str, batch: int, tokens: int, heads: int, head_dim: int, device: str, dtype: torch.dtype) -> None:
-    """Raises DeviceError where `backend` cannot run this shape."""
+    """Raises DeviceError where `backend` cannot run this shape; the device's own failures pass."""
     try:
         attention(torch.randn(batch, tokens, 3, heads, head_dim, device=device, dtype=dtype), backend)
+    except FAULTS:
+        raise
     except _CANNOT as error:
         raise DeviceError(
             f"--attention {backend}: cannot run {heads} heads of {head_dim} over {tokens} tokens here: "

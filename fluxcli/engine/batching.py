@@ -1,10 +1,11 @@
 """The largest useful batch, for `--batch-size auto`.
 
 A batch is useful up to the knee: the number of tokens from which on more of them make no token cheaper. It belongs to
-the machine, the architecture and the dtype; it is measured once and kept in the compile cache. Three blocks in FLUX's
-proportions (one dual, two single) run on 1, 2, 4, … pictures of 512 tokens, on a GPU as a replayed graph, as the engine
-runs them; the knee is the smallest number of tokens whose time per token is within 5 % of the best. A picture of
-1024x1024 has 4096 tokens beside its text's, one of 256x256 has 256: the same knee is few pictures there and many here.
+the machine, the architecture, the dtype and the attention asked for; it is measured once and kept in the compile cache.
+Three blocks in FLUX's proportions (one dual, two single) run on 1, 2, 4, … pictures of 512 tokens, on a GPU as a
+replayed graph, as the engine runs them; the knee is the smallest number of tokens whose time per token is within 5 % of
+the best. A picture of 1024x1024 has 4096 tokens beside its text's, one of 256x256 has 256: the same knee is few
+pictures there and many here.
 """
 
 from collections.abc import Callable
@@ -35,10 +36,11 @@ class BatchSizes:
 
     def __init__(self, checkpoint: Checkpoint, config: EngineConfig) -> None:
         cache = CompileCache(checkpoint, config)
-        known = cache.read(_CHOICES).get(_KNEE)
+        name = f"{_KNEE} {config.attention}"
+        known = cache.read(_CHOICES).get(name)
         if known is None:
             known = knee(measure(checkpoint, config))
-            cache.add(_CHOICES, {_KNEE: known})
+            cache.add(_CHOICES, {name: known})
         self.knee: int = known
         self._needs = None
         if config.device.startswith("cuda"):
@@ -68,6 +70,8 @@ def measure(checkpoint: Checkpoint, config: EngineConfig) -> dict[int, float]:
     """Tokens -> seconds per token. Takes seconds, and the memory of three blocks and their activations."""
     flux = replace(FluxConfig.from_json(checkpoint.transformer), num_layers=1, num_single_layers=2)
     dtype, tokens = DTYPES[config.dtype], _SIDE**2 + _TEXT
+    if config.device.startswith("cuda"):
+        torch.cuda.set_device(config.device)  # streams, graphs and events are of the current one
     with torch.device(config.device), torch.inference_mode():
         model = Flux(flux).to(dtype).eval()
         weights.fill_random(model.slots(), config.device)

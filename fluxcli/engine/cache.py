@@ -1,4 +1,4 @@
-"""Where compiled code is kept between processes: Inductor's and Triton's caches, and the measured attention choices,
+"""Where compiled code is kept between processes: Inductor's and Triton's caches, and what was measured to be fastest,
 under $FLUXCLI_CACHE, one folder per torch, CUDA, GPU and model architecture."""
 
 import hashlib
@@ -34,13 +34,13 @@ class CompileCache:
         if gpu:
             _listen_to_triton()
 
-    def attention(self, shape: str) -> str | None:
-        """The backend an earlier process measured to be fastest at `shape`; asked for again, so that its compiled code
-        is found again too."""
-        return self.read("attention.json").get(shape)
+    def attention(self, comparison: str) -> str | None:
+        """The backend that an earlier process found fastest in it; asked for again, so that its compiled code is found
+        again too."""
+        return self.read("attention.json").get(comparison)
 
-    def remember_attention(self, shape: str, backend: str) -> None:
-        self.add("attention.json", {shape: backend})
+    def remember_attention(self, comparison: str, backend: str) -> None:
+        self.add("attention.json", {comparison: backend})
 
     def add(self, name: str, choices: dict[str, Any]) -> None:
         """Measured choices, into the file `name` of the folder; they replace those of the same keys."""
@@ -102,7 +102,7 @@ def _environment(checkpoint: Checkpoint, config: EngineConfig) -> dict[str, Any]
     digest = hashlib.sha256(json.dumps([shape, config.dtype], sort_keys=True).encode()).hexdigest()
     return {
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": version("triton"),
         "cuda": torch.version.cuda if cuda else None,
         "gpu": torch.cuda.get_device_name(config.device) if cuda else None,
         "capability": list(torch.cuda.get_device_capability(config.device)) if cuda else None,
@@ -111,7 +111,8 @@ def _environment(checkpoint: Checkpoint, config: EngineConfig) -> dict[str, Any]
     }
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """Of an installed package; None where it is not."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

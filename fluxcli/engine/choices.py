@@ -18,6 +18,8 @@ from fluxcli.errors import Remark
 
 Way = Callable[[], object]
 
+FAULTS = (torch.OutOfMemoryError, torch.AcceleratorError)  # the device's, which say nothing of the way that met them
+
 _FINALISTS = 3
 _TURN_S = 0.06  # longer turns come nearer to the clock of a step, and make warming up longer
 _CALLS = 4  # in the graph that is timed
@@ -78,7 +80,7 @@ def _timed(ways: Mapping[str, Way], device: str) -> str:
 def _runs(name: str, way: Way, sure: bool) -> bool:
     try:
         way()
-    except (torch.OutOfMemoryError, torch.AcceleratorError):
+    except FAULTS:
         raise
     except Exception as error:
         if sure:

@@ -227,7 +227,7 @@ class Engine:
         if chosen != "auto":
             attention.require(chosen, *shape, self._device, self._dtype)
             return chosen
-        name = "x".join(map(str, shape))
+        name = attention.comparison(*shape)
         known = self._cache.attention(name)
         if known is not None and attention.missing(known, self._device, self._dtype) is None:
             return known

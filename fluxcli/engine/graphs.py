@@ -52,9 +52,11 @@ def aside() -> Iterator[None]:
     """On a stream beside the current one, which waits for it: a graph cannot be captured on the default stream."""
     side = _side(torch.cuda.current_device())
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        yield
-    torch.cuda.current_stream().wait_stream(side)
+    try:
+        with torch.cuda.stream(side):
+            yield
+    finally:  # after a failure too: what was queued there still uses the memory that is now given up
+        torch.cuda.current_stream().wait_stream(side)
 
 
 @cache

@@ -1,6 +1,7 @@
 """Matrix products by quack-kernels, on Hopper, where it is installed: two groups of warps take turns, so that the
 epilogue of one (`epilogues`) runs beside the product of the other."""
 
+import warnings
 from functools import cache
 from importlib import metadata
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from fluxcli.engine.cache import share_cute_caches
 from fluxcli.engine.strides import adjacent
+from fluxcli.errors import Remark
 
 # Tiles [rows, outputs] of a group, by the names they have in the table of choices: the two fastest of five that were
 # tried at FLUX.1's shapes (jobs/bench/LOG.md).
@@ -32,20 +34,17 @@ def multiply(choice: str, kind: str, inputs: Tensor, weight: Tensor, out: Tensor
     """Fills out [..., N] with what the epilogue `kind` makes of inputs [..., K] times weight [N, K].
 
     Args:
-        out: may be among the operands.
-        operands: the epilogue's, by name, in the dtype of inputs: a value for each output [N], or for each row and
-            output, like out.
+        operands: the epilogue's, by name, in the dtype of inputs: a value for each output [N], or out itself.
     """
     epilogues, config = _package(inputs.device)
     rows, outputs = _TILES[choice]
     batches = len(inputs) if inputs.ndim == 3 else 1
-    tall = [inputs, out, *(each for each in operands.values() if each.ndim == out.ndim)]
-    if batches > 1 and not all(map(adjacent, tall)):
+    if batches > 1 and not (adjacent(inputs) and adjacent(out)):
         weights = weight.t().expand(batches, -1, -1)
-        operands = {name: each if each.ndim == 3 else each.expand(batches, -1) for name, each in operands.items()}
+        operands = {name: each if each.ndim > 1 else each.expand(batches, -1) for name, each in operands.items()}
     else:  # one matrix
         weights, inputs, out = weight.t(), inputs.flatten(0, -2), out.flatten(0, -2)
-        operands = {name: each.flatten(0, 1) if each.ndim == 3 else each.view(1, -1) for name, each in operands.items()}
+        operands = {name: each.flatten(0, -2) if each.ndim > 1 else each[None] for name, each in operands.items()}
     getattr(epilogues, kind)(
         inputs, weights, out={"D": out}, tuned=False,
         config=config(tile_m=rows, tile_n=outputs, pingpong=True, cluster_m=2, is_dynamic_persistent=False),
@@ -63,6 +62,8 @@ def _package(device: torch.device) -> Any:
         from quack.gemm_config import GemmConfig
 
         from fluxcli.engine import epilogues
-    except ImportError:
+    except ImportError as error:
+        if error.name != "quack":  # it is there
+            warnings.warn(f"quack-kernels cannot be imported and is left out: {error}", Remark, stacklevel=2)
         return None
     return epilogues, GemmConfig

@@ -1,8 +1,8 @@
 """The matrix products of a step on CUDA: each by the fastest there is for its shape.
 
 torch takes cuBLASLt's first suggestion, and copies where the rows of a batch do not follow each other. Here its other
-suggestions are candidates too, and quack-kernels' products where that is installed: alone, or with what comes next in
-their epilogue. All of them sum in float32, each in an order of its own; `choices` times them.
+suggestions are candidates too, and quack-kernels' products where that is installed. All of them sum in float32, each in
+an order of its own; `choices` times them.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,7 +18,7 @@ from fluxcli.engine.cublaslt import Problem, problem_of
 from fluxcli.engine.strides import adjacent
 
 TORCH = "torch"  # torch's own call. Other choices: a name of `pingpong`, or one of cuBLASLt's algorithms
-APART = "apart"  # the product by the fastest, what comes next in a kernel of its own
+APART = "apart"  # two products, each by its fastest
 _CUBLASLT = "cublaslt"
 _FEW_ROWS = 1024  # fewer are a small part of a step, and not timed
 _TMA_ALIGNMENT = 16  # bytes; what Hopper's copy engine asks for
@@ -53,11 +53,11 @@ def linear_and_gelu(x: Tensor, weight: Tensor, bias: Tensor, plain: int) -> tupl
         first, second = out.split(outputs, dim=-1)
         return first, second
 
+    def ways(problem: Problem) -> dict[str, Way]:
+        # Of quack's tiles the first, whose rounds over the chip this is for (jobs/bench/LOG.md, 20).
+        return {name: partial(run, name) for name in (APART, *_pingpong(problem, x.device)[:1])}
+
     problem = problem_of("gelu", x, weight, bias, None)
-
-    def ways() -> dict[str, Way]:
-        return {name: partial(run, name) for name in _fused(problem, x.device)}
-
     return run(_choice(f"from {plain} on: ", problem, x.device, ways) or APART)
 
 
@@ -67,34 +67,27 @@ def candidates(problem: Problem, device: torch.device) -> list[str]:
     return [TORCH, *suggested, *_pingpong(problem, device)]
 
 
-def _pingpong(problem: Problem | None, device: torch.device) -> tuple[str, ...]:
-    return pingpong.choices(device) if problem and problem.alignment >= _TMA_ALIGNMENT else ()
-
-
-def _fused(problem: Problem | None, device: torch.device) -> tuple[str, ...]:
-    """What can do a product with what comes next. Of quack's tiles the first, whose rounds over the chip it is for
-    (jobs/bench/LOG.md, 20)."""
-    return (APART, *_pingpong(problem, device)[:1])
+def _pingpong(problem: Problem, device: torch.device) -> tuple[str, ...]:
+    return pingpong.choices(device) if problem.alignment >= _TMA_ALIGNMENT else ()
 
 
 def _choice(
-    what: str, problem: Problem | None, device: torch.device, ways: Callable[[], Mapping[str, Way]]
+    what: str, problem: Problem | None, device: torch.device, ways: Callable[[Problem], Mapping[str, Way]]
 ) -> str | None:
     """What the table has for it. A problem is named with the versions of the libraries that may do it."""
     if problem is None or problem.batches * problem.rows < _FEW_ROWS:
         return None
     name = f"{what}{problem.name}; cublaslt {cublaslt.version()}; {pingpong.release(device)}"
-    return choices.fastest(name, ways, device)
+    return choices.fastest(name, partial(ways, problem), device)
 
 
 def _product(kind: str, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor | None) -> Tensor:
-    problem = problem_of(kind, x, weight, bias, y)
-
-    def ways() -> dict[str, Way]:
+    def ways(problem: Problem) -> dict[str, Way]:
         scratch = y.clone() if kind == "add" and y is not None else y  # added to once only; else written over
-        names = candidates(problem, x.device) if problem else [TORCH]
+        names = candidates(problem, x.device)
         return {name: partial(_run, name, problem, kind, x, weight, bias, scratch) for name in names}
 
+    problem = problem_of(kind, x, weight, bias, y)
     return _run(_choice("", problem, x.device, ways) or TORCH, problem, kind, x, weight, bias, y)
 
 

@@ -1,5 +1,6 @@
 """What `--batch-size auto` chooses: up to the knee, within memory, and the same again from the cache."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,10 +23,10 @@ def sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
         monkeypatch.setenv(name, "")  # restored afterwards
 
-    def make(tokens: int, free: float | None = None) -> BatchSizes:
+    def make(tokens: int, free: float | None = None, attention: str = "auto") -> BatchSizes:
         checkpoint = resolve("random:flux-dev")
         monkeypatch.setattr(batching, "measure", lambda *args: {tokens // 2: 2.0, tokens: 1.0, 2 * tokens: 0.99})
-        made = BatchSizes(checkpoint, CPU)
+        made = BatchSizes(checkpoint, replace(CPU, attention=attention))
         if free is not None:
             made._needs, made._free = memory.Needs(checkpoint, torch.bfloat16), int(free * 1e9)
         return made
@@ -71,6 +72,12 @@ def test_it_is_measured_once(sizes, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sizes(4096).knee == 4096
     assert sizes(1024).knee == 4096
     BatchSizes(resolve("tiny"), EngineConfig("cpu", "float32", False))  # another architecture, measured by itself
+
+
+def test_each_attention_has_a_knee_of_its_own(sizes) -> None:
+    assert sizes(4096, attention="sdpa").knee == 4096
+    assert sizes(1024, attention="sdpa").knee == 4096
+    assert sizes(1024).knee == 1024
 
 
 def test_a_measurement_is_of_rising_tokens_and_positive_times() -> None:

@@ -1,8 +1,11 @@
 """The matrix products of a step: whatever is chosen for a shape, it computes the same."""
 
 import json
+import sys
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -88,9 +91,9 @@ def reference(kind: str, x: Tensor, weight: Tensor, bias: Tensor, y: Tensor) -> 
     return ops.linear_gelu(x, weight, bias) if kind == "gelu" else ops.linear(x, weight, bias)
 
 
-def name(problem, device: str = "cuda", what: str = "") -> str:
+def name(problem, device: str = "cuda") -> str:
     """As the table has it."""
-    return f"{what}{problem.name}; cublaslt {cublaslt.version()}; {pingpong.release(torch.device(device))}"
+    return f"{problem.name}; cublaslt {cublaslt.version()}; {pingpong.release(torch.device(device))}"
 
 
 @on_gpu
@@ -193,6 +196,28 @@ def test_gelu_for_a_part_is_done_where_the_table_says(choice: str | None, monkey
     assert told == ([(choice, "gelu_in_part")] if str(choice).startswith("quack") else [])
     for one, other in zip(ours, theirs, strict=True):
         assert error(one, other) < 2 * TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_quack_kernels_that_cannot_be_imported_are_told(installed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+    class Absent:
+        def find_spec(self, module: str, *about: object) -> None:
+            if module == "quack":
+                raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+
+    monkeypatch.setattr(sys, "meta_path", [Absent(), *sys.meta_path])
+    for module in [each for each in sys.modules if each.partition(".")[0] == "quack"]:
+        monkeypatch.delitem(sys.modules, module)
+    if installed:
+        monkeypatch.setitem(sys.modules, "quack", ModuleType("quack"))
+    pingpong._package.cache_clear()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert pingpong.choices(torch.device("cuda:0")) == ()
+    pingpong._package.cache_clear()
+    assert ["quack-kernels cannot be imported" in str(each.message) for each in said] == [True] * installed
 
 
 @on_gpu
