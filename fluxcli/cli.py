@@ -1,6 +1,7 @@
 """The command line: options in, exit code out. Thin: each command gathers settings and hands them to `fluxcli.job` and
 `fluxcli.engine`, which are imported only then, so that --help answers at once."""
 
+import contextlib
 import json
 import math
 import os
@@ -36,6 +37,9 @@ class _Cli(click.Group):
     def main(self, *args: Any, **kwargs: Any) -> Any:
         try:
             code = super().main(*args, **{**kwargs, "standalone_mode": False})
+        except click.exceptions.NoArgsIsHelpError as error:
+            say(error.format_message())
+            sys.exit(error.exit_code)
         except click.UsageError as error:
             path = error.ctx.command_path if error.ctx else "fluxcli"
             sys.exit(_tell(f"{error.format_message()} (see {path} --help)", error.exit_code))
@@ -553,13 +557,14 @@ def verify(ctx: click.Context, /, directory: Path, repair: bool, yes: bool, as_j
     """
     from fluxcli.job import verify as job
 
-    verdict = job.verify(directory)
-    say(verdict.as_lines())
-    if as_json:
-        click.echo(json.dumps(verdict.as_data(), ensure_ascii=False))
-    if repair and verdict.problems and (yes or click.confirm("Remove all of these?", err=True)):
-        job.repair(verdict)
-        say("removed; run the job again to make what is missing")
+    with job.alone(directory) if repair else contextlib.nullcontext():
+        verdict = job.verify(directory)
+        say(verdict.as_lines())
+        if as_json:
+            click.echo(json.dumps(verdict.as_data(), ensure_ascii=False))
+        if repair and verdict.problems and (yes or click.confirm("Remove all of these?", err=True)):
+            job.repair(verdict)
+            say("removed; run the job again to make what is missing")
     ctx.exit(1 if verdict.problems else 0)
 
 

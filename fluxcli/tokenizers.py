@@ -8,6 +8,9 @@ from typing import Any
 from fluxcli.checkpoints import read_json
 from fluxcli.errors import ModelError
 
+# Each is a whole vocabulary. Where none is there, transformers makes an empty one up and says nothing.
+_VOCABULARIES = (("tokenizer.json",), ("spiece.model",), ("vocab.json", "merges.txt"))
+
 
 class Tokenizers:
     """CLIP (`tokenizer/`) and T5 (`tokenizer_2/`) of a diffusers pipeline directory."""
@@ -46,6 +49,9 @@ def _load(directory: Path, part: str, classes: dict[str, Any]) -> Any:
     library, name = classes.get(part, (None, None))
     if library != "transformers" or not hasattr(transformers, str(name)):
         raise ModelError(f"{directory / 'model_index.json'}: {part} must be a tokenizer of transformers, got {name}")
+    if not any(all((directory / part / file).is_file() for file in files) for files in _VOCABULARIES):
+        wanted = ", or ".join(" and ".join(files) for files in _VOCABULARIES)
+        raise ModelError(f"{directory / part}: holds no vocabulary: {wanted}")
     try:
         return getattr(transformers, name).from_pretrained(directory / part, local_files_only=True)
     except (OSError, ValueError, TypeError) as error:

@@ -16,12 +16,13 @@ class Progress:
 
     def __init__(self, total: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._total, self._clock = total, clock
-        self._done = self._failed = 0
+        self._done = self._failed = self._failed_before = 0
         self._started = self._last_line = clock()
         self._bar: tqdm[Any] | None = None
 
     def start(self) -> None:
         self._started = self._last_line = self._clock()
+        self._failed_before = self._failed  # rows that could not be read, which are none of the total
         if sys.stderr.isatty():
             self._bar = tqdm(total=self._total, unit="img", file=sys.stderr, dynamic_ncols=True)
 
@@ -53,7 +54,7 @@ class Progress:
 
     def _line(self) -> str:
         rate = self._done / max(self._clock() - self._started, 1e-9)
-        left = (self._total - self._done - self._failed) / rate if rate else 0.0
+        left = (self._total - self._done - self._failed + self._failed_before) / rate if rate else 0.0
         minutes, seconds = divmod(round(left), 60)
         return (
             f"{self._done}/{self._total} images, {rate:.2f} images/s, "

@@ -246,7 +246,7 @@ def _json_parser() -> Callable[[bytes], dict[str, Any]]:
 
 def _parse_json(raw: bytes, reader: jsonlines.Reader) -> dict[str, Any]:
     try:
-        value = reader.read()
+        value = reader.read(allow_none=True)
     except jsonlines.InvalidLineError as error:
         cause = error.__cause__ or error
         raise RowError(

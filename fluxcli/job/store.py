@@ -174,28 +174,44 @@ class JobStore:
         self._lock.claim(self.run)
 
     def _read_manifest(self) -> int:
-        """Takes in every row whose picture is there; drops the others, so that they are redone."""
+        """Takes in each id's first row with a picture and drops all others: what then has none is redone."""
         pictures, last_run = self._pictures(), -1
         self._committed: dict[str, int] = {}
-        dropped: list[str] = []
-        for row in read_rows(self._manifest_path, *MANIFEST_KEYS):
+        lost: dict[str, str] = {}  # id -> what is wrong with its picture
+        dropped: set[int] = set()
+        for number, row in enumerate(read_rows(self._manifest_path, *MANIFEST_KEYS)):
             last_run = max(last_run, row["run"])
+            if row["id"] in self._committed:
+                dropped.add(number)
+                continue
             modified = pictures.pop(row["file_name"], None)
             if modified is None:
-                dropped.append(f"{row['id']} (no picture)")
+                problem = "no picture"
             elif modified != _nanoseconds(row["finished_at"]) and not self._unchanged(row):
-                dropped.append(f"{row['id']} (picture altered)")
-            elif row["id"] not in self._committed:
+                problem = "picture altered"
+            else:
                 self._committed[row["id"]] = hash(_settings_of_row(row))
-        self._rows_at_start = len(self._committed) + len(dropped)
+                lost.pop(row["id"], None)
+                continue
+            dropped.add(number)
+            lost.setdefault(row["id"], problem)
+        self._rows_at_start = len(self._committed) + len(lost)
         self._orphans = {Path(name).name: self.directory / name for name in pictures}
         if dropped:
-            gone = {each.partition(" ")[0] for each in dropped}
-            kept = (row for row in read_rows(self._manifest_path) if row["id"] not in gone)
-            write_atomically(self._manifest_path, (f"{json_text(row)}\n" for row in kept))
-            shown = ", ".join(dropped[:3]) + (f" and {len(dropped) - 3} more" if len(dropped) > 3 else "")
-            self._say(f"{self._manifest_path}: redoing {len(dropped)} rows: {shown}")
+            numbered = enumerate(read_rows(self._manifest_path))
+            kept = (f"{json_text(row)}\n" for number, row in numbered if number not in dropped)
+            write_atomically(self._manifest_path, kept)
+            self._say(f"{self._manifest_path}: {self._mended(lost, len(dropped) - len(lost))}")
         return last_run
+
+    def _mended(self, lost: dict[str, str], doubled: int) -> str:
+        told = []
+        if lost:
+            shown = ", ".join(f"{id} ({problem})" for id, problem in list(lost.items())[:3])
+            told.append(f"redoing {len(lost)} rows: {shown}" + (f" and {len(lost) - 3} more" if len(lost) > 3 else ""))
+        if doubled:
+            told.append(f"removed {doubled} rows of ids that have another")
+        return "; ".join(told)
 
     def _pictures(self) -> dict[str, int]:
         """Every file under images/ by its name in the manifest, with its time of change in nanoseconds. Temporaries,

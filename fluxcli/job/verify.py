@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -68,9 +69,9 @@ def verify(directory: Path) -> Verdict:
     Raises:
         JobError: the directory holds no job.
     """
-    if not (directory / "job.json").is_file():
-        raise JobError(f"{directory}: holds no job: there is no job.json in it")
+    _require_job(directory)
     verdict = Verdict(directory)
+    files = sorted((directory / "images").rglob("*"))  # before the rows, which a running job writes after its pictures
     rows = list(_rows(directory / _MANIFEST, verdict, MANIFEST_KEYS))
     good = verdict.good_lines.get(_MANIFEST, set())
     ids: set[str] = set()
@@ -87,7 +88,7 @@ def verify(directory: Path) -> Verdict:
             else:
                 ids.add(row["id"])
     verdict.images = len(ids)
-    for path in sorted((directory / "images").rglob("*")):
+    for path in files:
         name = path.relative_to(directory).as_posix()
         if path.is_file() and name not in named:
             kind = "temporary" if path.name.endswith(TEMPORARY) else "orphan"
@@ -99,25 +100,38 @@ def verify(directory: Path) -> Verdict:
     return verdict
 
 
-def repair(verdict: Verdict) -> None:
-    """Removes what the next run will redo: rows without a good picture, pictures without a good row, broken lines.
+@contextmanager
+def alone(directory: Path) -> Iterator[None]:
+    """Keeps jobs out of the directory while the block runs: what `repair` removes must not change after the look.
 
     Raises:
-        JobError: a job is running in the directory.
+        JobError: the directory holds no job, or one is running in it.
     """
-    directory = verdict.directory
+    _require_job(directory)
     lock = Lock(directory)
     try:
-        for name, good in verdict.good_lines.items():
-            with (directory / name).open("rb") as file:
-                kept = (line.decode() for number, line in enumerate(file, start=1) if number in good)
-                write_atomically(directory / name, kept)
-        named = {row["file_name"] for row in read_rows(directory / _MANIFEST)}
-        for problem in verdict.problems:
-            if problem.file_name.startswith("images/") and problem.file_name not in named:
-                (directory / problem.file_name).unlink(missing_ok=True)
+        yield
     finally:
         lock.release()
+
+
+def repair(verdict: Verdict) -> None:
+    """Removes what the next run will redo: rows without a good picture, pictures without a good row, broken lines. To
+    be called `alone`, as the `verify` before it."""
+    directory = verdict.directory
+    for name, good in verdict.good_lines.items():
+        with (directory / name).open("rb") as file:
+            kept = (line.decode() for number, line in enumerate(file, start=1) if number in good)
+            write_atomically(directory / name, kept)
+    named = {row["file_name"] for row in read_rows(directory / _MANIFEST)}
+    for problem in verdict.problems:
+        if problem.file_name.startswith("images/") and problem.file_name not in named:
+            (directory / problem.file_name).unlink(missing_ok=True)
+
+
+def _require_job(directory: Path) -> None:
+    if not (directory / "job.json").is_file():
+        raise JobError(f"{directory}: holds no job: there is no job.json in it")
 
 
 def _rows(path: Path, verdict: Verdict, keys: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:

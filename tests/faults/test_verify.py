@@ -9,7 +9,7 @@ from PIL import Image
 from fluxcli.errors import JobError
 from fluxcli.job.files import json_line
 from fluxcli.job.lock import Lock
-from fluxcli.job.verify import repair, verify
+from fluxcli.job.verify import alone, repair, verify
 from tests.conftest import read_rows
 from tests.faults import harness
 
@@ -72,7 +72,8 @@ def test_looking_changes_nothing(finished: Path) -> None:
 def test_what_repair_leaves_is_sound_and_the_next_run_completes_it(finished: Path) -> None:
     undisturbed = harness.essence(finished)
     damage(finished)
-    repair(verify(finished))
+    with alone(finished):
+        repair(verify(finished))
     assert kinds(finished) == []
     assert harness.run(finished.parent / "rows.jsonl", finished) == 0
     assert harness.essence(finished) == undisturbed
@@ -82,10 +83,22 @@ def test_what_repair_leaves_is_sound_and_the_next_run_completes_it(finished: Pat
 def test_a_running_job_is_not_repaired(finished: Path) -> None:
     lock = Lock(finished)
     try:
-        with pytest.raises(JobError, match="in use by pid"):
-            repair(verify(finished))
+        with pytest.raises(JobError, match="in use by pid"), alone(finished):
+            pytest.fail("while a job runs")
     finally:
         lock.release()
+
+
+def test_no_job_runs_between_look_and_repair(finished: Path, fluxcli) -> None:
+    """A row committed while the user thinks would not be among those to keep."""
+    expected = damage(finished)
+    with alone(finished):
+        with pytest.raises(JobError, match="in use by pid"):
+            Lock(finished)
+        refused = fluxcli("verify", finished, "--repair", "--yes")
+        assert refused.returncode == 1 and "in use by pid" in refused.stderr
+        assert fluxcli("verify", finished).returncode == 1  # to look is allowed
+    assert kinds(finished) == expected
 
 
 def test_a_directory_without_a_job_is_refused(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Pictures carry prompt, seed and settings where viewers look for them."""
 
 import io
+import struct
 from dataclasses import replace
 
 import numpy as np
@@ -24,6 +25,7 @@ def text_of(data: bytes) -> str:
     image = Image.open(io.BytesIO(data))
     if image.format == "PNG":
         return image.info["parameters"]
+    assert struct.pack(">HH", 0x9286, 7) in data  # undefined, as EXIF has it
     comment = image.getexif().get_ifd(0x8769)[0x9286]
     assert comment[:8] == b"UNICODE\0"
     return comment[8:].decode("utf-16-be")

@@ -166,6 +166,30 @@ def test_a_picture_that_is_missing_or_altered_is_redone_and_said(reopen, said: l
     assert len(said) == 1
 
 
+@pytest.mark.parametrize("doubled", ["a row", "every row"])
+def test_a_doubled_row_goes_and_its_picture_stays(reopen, said: list[str], doubled: str) -> None:
+    store = reopen()
+    commit(store, ["a", "b"])
+    manifest = store.directory / "manifest.jsonl"
+    before = manifest.read_text()
+    lines = before.splitlines(keepends=True)
+    manifest.write_text(before + (lines[0] if doubled == "a row" else before))
+    store = reopen()
+    assert store.images == 2 and all(store.status(record(id)) == "done" for id in "ab")
+    assert manifest.read_text() == before
+    assert f"removed {1 if doubled == 'a row' else 2} rows of ids that have another" in said[-1]
+
+
+def test_the_row_with_a_picture_outlives_its_double_without(reopen) -> None:
+    store = reopen()
+    commit(store, ["a", "b"])
+    manifest = store.directory / "manifest.jsonl"
+    rows = manifest.read_text().splitlines(keepends=True)
+    manifest.write_text(rows[0].replace("images/a.png", "images/gone.png") + "".join(rows))
+    assert reopen().images == 2
+    assert manifest.read_text() == "".join(rows)
+
+
 def test_a_job_that_was_copied_elsewhere_is_still_done(reopen, tmp_path: Path, said: list[str]) -> None:
     store = reopen()
     commit(store, ["a", "b"])
