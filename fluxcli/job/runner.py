@@ -342,6 +342,11 @@ def _stop_on_signals() -> Iterator[_Stopping]:
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stopping
+    except Exception as error:
+        # Raised amid an import, `Stopped` may have been caught there and become another error.
+        if stopping.signal is not None and stopping.idle and not isinstance(error, Stopped):
+            raise Stopped(stopping.signal) from error
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -136,7 +136,7 @@ class JobStore:
                 if stray is not None and stray != each.final:
                     stray.unlink(missing_ok=True)
         for row in rows:
-            self._committed[row["id"]] = hash(_settings_of_row(row))
+            self._committed[row["id"]] = _content(_settings_of_row(row))
 
     def fail(self, failures: Iterable[Failure]) -> None:
         """Appends to failures.jsonl, numbering each row's attempts."""
@@ -190,7 +190,7 @@ class JobStore:
             elif modified != _nanoseconds(row["finished_at"]) and not self._unchanged(row):
                 problem = "picture altered"
             else:
-                self._committed[row["id"]] = hash(_settings_of_row(row))
+                self._committed[row["id"]] = _content(_settings_of_row(row))
                 lost.pop(row["id"], None)
                 continue
             dropped.add(number)
@@ -321,7 +321,7 @@ def read_committed(directory: Path) -> dict[str, int]:
     A look from outside, which mends and locks nothing.
     """
     return {
-        row["id"]: hash(_settings_of_row(row))
+        row["id"]: _content(_settings_of_row(row))
         for row in read_rows(directory / "manifest.jsonl", *MANIFEST_KEYS, torn_ok=True)
     }
 
@@ -338,7 +338,7 @@ def committed_status(committed: dict[str, int]) -> Callable[[PromptRecord], str 
         content = committed.get(record.id)
         if content is None:
             return None
-        if content != hash(_settings_of_record(record)):
+        if content != _content(_settings_of_record(record)):
             raise RowError(
                 f"id {record.id} is committed with another prompt or other settings; give the changed row a new id",
                 kind="changed_row",
@@ -352,6 +352,11 @@ def committed_status(committed: dict[str, int]) -> Callable[[PromptRecord], str 
 def record_settings(record: PromptRecord) -> dict[str, Any]:
     """The settings of one image, in manifest order: what its pixels depend on besides the job."""
     return {name: getattr(record, name) for name in _SETTINGS}
+
+
+def _content(settings: tuple[Any, ...]) -> int:
+    """A hash, good for this process. Not of the values themselves: Python's is the same for -1 and -2."""
+    return hash(repr(settings))
 
 
 @lru_cache(maxsize=1024)  # a batch's rows share a few stamps

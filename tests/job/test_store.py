@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +209,17 @@ def test_a_committed_id_with_another_prompt_is_a_row_error(reopen) -> None:
         with pytest.raises(RowError, match="a") as error:
             opened.status(record("a", prompt="another"))
         assert error.value.id == "a"
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [({"guidance_scale": -1.0}, {"guidance_scale": -2.0}), ({"seed": 0}, {"seed": 2**61 - 1})]
+)
+def test_every_change_is_seen_even_where_pythons_hash_is_blind(before: dict[str, Any], after: dict[str, Any]) -> None:
+    committed = replace(record("a"), **before)
+    status = store_module.committed_status({"a": store_module._content(store_module._settings_of_record(committed))})
+    assert status(committed) == "done"
+    with pytest.raises(RowError, match="another prompt or other settings"):
+        status(replace(committed, **after))
 
 
 def test_files_lie_at_most_so_many_to_a_directory(reopen, monkeypatch: pytest.MonkeyPatch) -> None:
