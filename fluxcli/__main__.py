@@ -1,5 +1,5 @@
 """`python -m fluxcli` is the `fluxcli` command."""
 
-from fluxcli.cli import main
+from fluxcli.cli.main import main
 
 main()

@@ -11,16 +11,16 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from fluxcli.checkpoints import resolve
-from fluxcli.config import TEXT_LENGTHS, RowDefaults
-from fluxcli.engine.transformer import Flux, FluxConfig
-from fluxcli.engine.weights import load_transformer
-from fluxcli.errors import ModelError
-from fluxcli.job.intake import Intake, take_in
+from fluxcli.core.config import TEXT_LENGTHS, RowDefaults
+from fluxcli.core.errors import ModelError
+from fluxcli.core.records import PromptRecord
+from fluxcli.engine.nets.flux1 import Flux, FluxConfig
+from fluxcli.engine.weights.fill import load_transformer
+from fluxcli.job.input.intake import Intake, take_in
+from fluxcli.job.input.read import PromptFile
 from fluxcli.job.plan import padded_sizes, plan
-from fluxcli.job.prompts import PromptFile
-from fluxcli.records import PromptRecord
-from fluxcli.tokenizers import Tokenizers
+from fluxcli.models.checkpoints import resolve
+from fluxcli.models.tokenizers import Tokenizers
 from tests import pipelines
 from tests.conftest import read_rows
 from tests.engine.test_parity import reference, worst

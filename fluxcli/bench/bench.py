@@ -13,12 +13,12 @@ from fluxcli.bench import cold, floor, peers
 from fluxcli.bench.inputs import Inputs
 from fluxcli.bench.machine import clocks, machine
 from fluxcli.bench.parity import parity
-from fluxcli.checkpoints import Checkpoint
-from fluxcli.config import EngineConfig
-from fluxcli.engine import timing
+from fluxcli.core.config import EngineConfig
+from fluxcli.core.errors import FluxcliError
+from fluxcli.core.records import Batch, Pictures, PromptRecord, ShapeKey
 from fluxcli.engine.engine import Engine, InFlight
-from fluxcli.errors import FluxcliError
-from fluxcli.records import Batch, Pictures, PromptRecord, ShapeKey
+from fluxcli.engine.runtime import stopwatch
+from fluxcli.models.checkpoints import Checkpoint
 
 PEERS = {"diffusers": {"diffusers": False, "diffusers-compiled": True}}  # --vs -> contestants, compiled or not
 OURS = "fluxcli"
@@ -69,7 +69,7 @@ class Bench:
             "model": self.checkpoint.name,
             **machine(self.engine),
             "steps": self.steps,
-            "rounds": timing.ROUNDS,
+            "rounds": stopwatch.ROUNDS,
             "load_s": time.perf_counter() - begin,
             "cold_start": starts,
             "clocks": {"before": clocks(self.engine)},
@@ -170,7 +170,7 @@ class Bench:
         txt, steps = inputs.ours(engine.flux, [_SIGMA, _SIGMA + _DT])
         attention_ms = floor.attention_ms(config, key, device, dtype)
         fastest = min(attention_ms, key=lambda name: attention_ms[name]) if attention_ms else "sdpa"
-        runs: dict[str, timing.Run] = {
+        runs: dict[str, stopwatch.Run] = {
             OURS: lambda: engine.denoise(key, inputs.img, txt, steps),
             _PRODUCTS: floor.products_run(config, key, device, dtype),
             _ATTENTION: floor.attention_run(config, key, device, dtype, fastest),
@@ -184,8 +184,8 @@ class Bench:
                 runs[name] = run
             except (torch.OutOfMemoryError, torch._dynamo.exc.TorchDynamoException) as error:
                 measured[name] = {"error": _reason(error)}
-        times = timing.interleaved(runs, device, _GPU_TURN_S if device.startswith("cuda") else _TURN_S)
-        ms = {name: timing.milliseconds(each) for name, each in times.items()}
+        times = stopwatch.interleaved(runs, device, _GPU_TURN_S if device.startswith("cuda") else _TURN_S)
+        ms = {name: stopwatch.milliseconds(each) for name, each in times.items()}
         floor_ms = ms[_PRODUCTS] + ms[_ATTENTION]
         for name in contestants:
             if name in ms:

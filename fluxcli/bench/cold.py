@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
-from fluxcli.checkpoints import Checkpoint
-from fluxcli.config import EngineConfig
-from fluxcli.records import ShapeKey
+from fluxcli.core.config import EngineConfig
+from fluxcli.core.records import ShapeKey
+from fluxcli.models.checkpoints import Checkpoint
 
 
 def starts(checkpoint: Checkpoint, config: EngineConfig, keys: Sequence[ShapeKey]) -> dict[str, dict[str, Any]]:

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fluxcli.engine import attention
-from fluxcli.engine.device import DTYPES
-from fluxcli.engine.graphs import capture
-from fluxcli.engine.transformer import MLP_RATIO, FluxConfig
-from fluxcli.records import ShapeKey
+from fluxcli.core.records import ShapeKey
+from fluxcli.engine.attention import backends
+from fluxcli.engine.nets.flux1 import MLP_RATIO, FluxConfig
+from fluxcli.engine.runtime.device import DTYPES
+from fluxcli.engine.runtime.graphs import capture
 
 
 class Product(NamedTuple):
@@ -58,7 +58,7 @@ def attention_ms(config: FluxConfig, key: ShapeKey, device: str, dtype: str) -> 
     """Milliseconds of one attention for every backend that can run it here; empty on a CPU, which has but one."""
     if not device.startswith("cuda"):
         return {}
-    return attention.milliseconds(*attention_shape(config, key), device, DTYPES[dtype])
+    return backends.milliseconds(*attention_shape(config, key), device, DTYPES[dtype])
 
 
 def products_run(config: FluxConfig, key: ShapeKey, device: str, dtype: str) -> Callable[[], object]:
@@ -87,7 +87,7 @@ def attention_run(config: FluxConfig, key: ShapeKey, device: str, dtype: str, ba
 
     def run() -> None:
         for _ in range(config.num_layers + config.num_single_layers):
-            attention.attention(qkv, backend)
+            backends.attention(qkv, backend)
 
     return _Captured(run) if device.startswith("cuda") else run
 

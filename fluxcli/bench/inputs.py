@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fluxcli.config import GUIDANCE
-from fluxcli.engine import sampling
-from fluxcli.engine.device import DTYPES
-from fluxcli.engine.transformer import Flux
-from fluxcli.records import ShapeKey
+from fluxcli.core.config import GUIDANCE
+from fluxcli.core.records import ShapeKey
+from fluxcli.engine import denoise
+from fluxcli.engine.nets.flux1 import Flux
+from fluxcli.engine.runtime.device import DTYPES
 
 _TOKEN = 16  # pixels along a side of one image token: 8 of the VAE, 2 of the packing
 
@@ -34,7 +34,7 @@ class Inputs:
         self.img = drawn(batch, rows * columns, config.in_channels)
         self.t5 = drawn(batch, key.text_length, config.joint_attention_dim)
         self.vec = drawn(batch, config.pooled_projection_dim)
-        self.ids = sampling.position_ids(key.text_length, rows * sampling.PATCH, columns * sampling.PATCH, device)
+        self.ids = denoise.position_ids(key.text_length, rows * denoise.PATCH, columns * denoise.PATCH, device)
         self.guidance = torch.full((batch,), GUIDANCE, device=device) if config.guidance_embeds else None
 
     def ours(self, flux: Flux, sigmas: Sequence[float]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from fluxcli import __version__
-from fluxcli.config import EngineConfig
-from fluxcli.engine import device
+from fluxcli.core.config import EngineConfig
+from fluxcli.engine.runtime import device
 
 _FIELDS = {
     "clocks.sm": "sm_mhz",

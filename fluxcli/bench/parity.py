@@ -8,9 +8,9 @@ from torch import Tensor
 
 from fluxcli.bench import peers
 from fluxcli.bench.inputs import Inputs
-from fluxcli.engine.device import DTYPES
+from fluxcli.core.records import ShapeKey
 from fluxcli.engine.engine import Engine
-from fluxcli.records import ShapeKey
+from fluxcli.engine.runtime.device import DTYPES
 
 STEPS = 4
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from fluxcli.bench.inputs import Inputs
-from fluxcli.engine.sampling import euler_step
-from fluxcli.engine.transformer import Flux
+from fluxcli.engine.denoise import euler_step
+from fluxcli.engine.nets.flux1 import Flux
 
 # Ours -> diffusers' names, of what both can run without a further package.
 _ATTENTION = {"sdpa": "native", "cudnn": "_native_cudnn"}

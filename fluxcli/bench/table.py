@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fluxcli.bench.bench import errors
-from fluxcli.records import ShapeKey
+from fluxcli.core.records import ShapeKey
 
 _NONE = "-"
 _COMPONENTS = ("encode_s", "denoise_s", "decode_s", "save_s")

@@ -14,15 +14,18 @@ from statistics import median
 
 import torch
 
-from fluxcli.checkpoints import Checkpoint
-from fluxcli.config import EngineConfig
-from fluxcli.engine import attention, memory, sampling, timing, weights
-from fluxcli.engine.cache import CompileCache
-from fluxcli.engine.device import DTYPES
-from fluxcli.engine.graphs import capture
-from fluxcli.engine.ops import rope
-from fluxcli.engine.transformer import ROPE_THETA, Flux, FluxConfig
-from fluxcli.records import Group, ShapeKey
+from fluxcli.core.config import EngineConfig
+from fluxcli.core.records import Group, ShapeKey
+from fluxcli.engine import denoise, memory
+from fluxcli.engine.attention import backends
+from fluxcli.engine.layers.ops import rope
+from fluxcli.engine.nets.flux1 import ROPE_THETA, Flux, FluxConfig
+from fluxcli.engine.runtime import stopwatch
+from fluxcli.engine.runtime.compile_cache import CompileCache
+from fluxcli.engine.runtime.device import DTYPES
+from fluxcli.engine.runtime.graphs import capture
+from fluxcli.engine.weights import fill
+from fluxcli.models.checkpoints import Checkpoint
 
 _SIDE, _TEXT = 16, 256  # of the measured picture: 16 x 16 image tokens, 256 text tokens
 _PICTURES = (1, 2, 4, 8, 16, 32, 64)
@@ -74,9 +77,9 @@ def measure(checkpoint: Checkpoint, config: EngineConfig) -> dict[int, float]:
         torch.cuda.set_device(config.device)  # streams, graphs and events are of the current one
     with torch.device(config.device), torch.inference_mode():
         model = Flux(flux).to(dtype).eval()
-        weights.fill_random(model.slots(), config.device)
+        fill.fill_random(model.slots(), config.device)
         pe = rope(
-            sampling.position_ids(_TEXT, _SIDE * sampling.PATCH, _SIDE * sampling.PATCH, config.device),
+            denoise.position_ids(_TEXT, _SIDE * denoise.PATCH, _SIDE * denoise.PATCH, config.device),
             flux.axes_dims_rope,
             ROPE_THETA,
         )
@@ -109,7 +112,7 @@ def _backend(flux: FluxConfig, config: EngineConfig, tokens: int) -> str:
     if config.attention != "auto":
         return config.attention
     shape = (4, tokens, flux.num_attention_heads, flux.attention_head_dim)
-    timed = attention.milliseconds(*shape, config.device, DTYPES[config.dtype])
+    timed = backends.milliseconds(*shape, config.device, DTYPES[config.dtype])
     return min(timed, key=lambda backend: timed[backend])
 
 
@@ -119,5 +122,5 @@ def _seconds(step: Callable[[], object], device: str) -> float:
     if device.startswith("cuda"):
         graph, _ = capture(step)
         run, calls = graph.replay, 10
-    rounds = [timing.seconds(run, calls, device) for _ in range(1 + timing.ROUNDS)]
+    rounds = [stopwatch.seconds(run, calls, device) for _ in range(1 + stopwatch.ROUNDS)]
     return median(rounds[1:])

@@ -10,19 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fluxcli.checkpoints import Checkpoint
-from fluxcli.config import EngineConfig
-from fluxcli.engine import attention, choices, memory, sampling
-from fluxcli.engine.cache import CompileCache, compile_counts
-from fluxcli.engine.device import DTYPES
-from fluxcli.engine.graphs import StepGraph
-from fluxcli.engine.ops import rope
+from fluxcli.core.config import EngineConfig
+from fluxcli.core.errors import DeviceError, OutOfMemory
+from fluxcli.core.records import Batch, Pictures, PromptRecord, ShapeKey, Timing, WarmUp
+from fluxcli.engine import denoise, memory
+from fluxcli.engine.attention import backends
+from fluxcli.engine.layers.ops import rope
+from fluxcli.engine.nets.flux1 import ROPE_THETA, Flux, Rope
+from fluxcli.engine.runtime import tuner
+from fluxcli.engine.runtime.compile_cache import CompileCache, compile_counts
+from fluxcli.engine.runtime.device import DTYPES
+from fluxcli.engine.runtime.graphs import StepGraph
 from fluxcli.engine.text import EmbeddingCache, TextEncoders
-from fluxcli.engine.transformer import ROPE_THETA, Flux, Rope
 from fluxcli.engine.vae import Decoder
-from fluxcli.engine.weights import load_transformer
-from fluxcli.errors import DeviceError, OutOfMemory
-from fluxcli.records import Batch, Pictures, PromptRecord, ShapeKey, Timing, WarmUp
+from fluxcli.engine.weights.fill import load_transformer
+from fluxcli.models.checkpoints import Checkpoint
 
 _CHOICES = "choices.json"  # in the compile cache
 
@@ -53,18 +55,18 @@ class Engine:
         self._cuda = self._device.startswith("cuda")
         self._cache = CompileCache(checkpoint, config)
         if self._cuda:
-            choices.remember(self._cache.read(_CHOICES))
+            tuner.remember(self._cache.read(_CHOICES))
             torch.cuda.set_device(self._device)
             self._copies = torch.cuda.Stream()
             self._pool = torch.cuda.graph_pool_handle()
         self.memory = memory.plan(checkpoint, config, shapes)
         # Its weights are read while the libraries of the others are imported.
         with load_transformer(checkpoint, self._device, self._dtype) as self._flux:
-            self._schedule = sampling.Schedule(checkpoint.directory / "scheduler")
+            self._schedule = denoise.Schedule(checkpoint.directory / "scheduler")
             self._text = TextEncoders(checkpoint, self._device, self._dtype, self.memory.visiting_text)
             self._decoder = Decoder(checkpoint, self._device, self._dtype, config.compile)
         self._embeddings = EmbeddingCache()
-        self._channels = self._flux.config.in_channels // sampling.PATCH**2
+        self._channels = self._flux.config.in_channels // denoise.PATCH**2
         self._prepared: dict[ShapeKey, _Prepared] = {}
         if config.compile and not self._cuda:  # on CUDA the blocks are made of fused kernels already
             _compile_blocks(self._flux.transformer_blocks, self._flux.single_transformer_blocks)
@@ -129,7 +131,7 @@ class Engine:
         clock.mark()
         img = self._denoise(batch, records, txt, vec, prepared)
         clock.mark()
-        pixels, finite = self._decoder(sampling.unpack(img, *self._latent_size(batch.key)))
+        pixels, finite = self._decoder(denoise.unpack(img, *self._latent_size(batch.key)))
         clock.mark()
         return InFlight(batch, *self._to_host(pixels, finite), clock)
 
@@ -149,7 +151,7 @@ class Engine:
     ) -> Tensor:
         height, width = self._latent_size(batch.key)
         seeds = [record.seed for record in records]
-        img = self._upload(sampling.stack_noise(seeds, self._channels, height, width, self._dtype))
+        img = self._upload(denoise.stack_noise(seeds, self._channels, height, width, self._dtype))
         guidance = None
         if self._flux.config.guidance_embeds:
             guidance = self._upload(torch.tensor([record.guidance_scale for record in records], dtype=torch.float32))
@@ -159,7 +161,7 @@ class Engine:
         if prepared.graph is not None:
             return prepared.graph.run(img, txt, steps)
         for mod, dt in steps:
-            img = sampling.euler_step(img, self._flux(img, txt, prepared.pe, mod, prepared.backend), dt)
+            img = denoise.euler_step(img, self._flux(img, txt, prepared.pe, mod, prepared.backend), dt)
         return img
 
     def _steps(
@@ -176,7 +178,7 @@ class Engine:
         if key in self._prepared:
             return self._prepared[key]
         height, width = self._latent_size(key)
-        ids = sampling.position_ids(key.text_length, height, width, self._device)
+        ids = denoise.position_ids(key.text_length, height, width, self._device)
         pe = rope(ids, self._flux.config.axes_dims_rope, ROPE_THETA)
         with self._tuning():
             prepared = _Prepared(self._backend(key, len(ids)), pe)
@@ -191,7 +193,7 @@ class Engine:
         if self._cuda:
             self._text.capture(key.text_length, self._pool)
         txt, vec = self._encode(key, ["a prompt"] * key.batch_size)
-        img = self._upload(sampling.stack_noise(range(key.batch_size), self._channels, height, width, self._dtype))
+        img = self._upload(denoise.stack_noise(range(key.batch_size), self._channels, height, width, self._dtype))
         guidance = torch.ones(key.batch_size, device=self._device) if self._flux.config.guidance_embeds else None
         mod, _ = next(self._steps(1, img.shape[1], guidance, vec))
 
@@ -202,7 +204,7 @@ class Engine:
             prepared.graph = StepGraph(step, img, txt, mod, self._pool)
         else:
             step(img, txt, mod)
-        self._decoder(sampling.unpack(img, height, width))
+        self._decoder(denoise.unpack(img, height, width))
 
     @contextmanager
     def _tuning(self) -> Iterator[None]:
@@ -210,12 +212,12 @@ class Engine:
         if not (self._cuda and self.config.compile):
             yield
             return
-        before = choices.table()
+        before = tuner.table()
         try:
-            with choices.tuning():
+            with tuner.tuning():
                 yield
         finally:  # what was timed before memory ran out need not be timed again
-            if new := choices.table().items() - before.items():
+            if new := tuner.table().items() - before.items():
                 self._cache.add(_CHOICES, dict(new))
 
     def _backend(self, key: ShapeKey, tokens: int) -> str:
@@ -225,13 +227,13 @@ class Engine:
         config = self._flux.config
         shape = (key.batch_size, tokens, config.num_attention_heads, config.attention_head_dim)
         if chosen != "auto":
-            attention.require(chosen, *shape, self._device, self._dtype)
+            backends.require(chosen, *shape, self._device, self._dtype)
             return chosen
-        name = attention.comparison(*shape)
+        name = backends.comparison(*shape)
         known = self._cache.attention(name)
-        if known is not None and attention.missing(known, self._device, self._dtype) is None:
+        if known is not None and backends.missing(known, self._device, self._dtype) is None:
             return known
-        timed = attention.milliseconds(*shape, self._device, self._dtype)
+        timed = backends.milliseconds(*shape, self._device, self._dtype)
         fastest = min(timed, key=lambda backend: timed[backend])
         self._cache.remember_attention(name, fastest)
         return fastest

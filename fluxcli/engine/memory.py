@@ -21,15 +21,15 @@ from dataclasses import dataclass
 
 import torch
 
-from fluxcli.checkpoints import Checkpoint, read_json
-from fluxcli.config import EngineConfig
-from fluxcli.engine.device import DTYPES
+from fluxcli.core.config import EngineConfig
+from fluxcli.core.errors import OutOfMemory
+from fluxcli.core.records import ShapeKey
+from fluxcli.engine.nets.flux1 import FluxConfig
+from fluxcli.engine.runtime.device import DTYPES
 from fluxcli.engine.text import TEXT_BATCH
-from fluxcli.engine.transformer import FluxConfig
 from fluxcli.engine.vae import chunk_size
-from fluxcli.engine.weights import size
-from fluxcli.errors import OutOfMemory
-from fluxcli.records import ShapeKey
+from fluxcli.engine.weights.fill import size
+from fluxcli.models.checkpoints import Checkpoint, read_json
 
 # Rows (steps x images) of modulations made at once: about 1 GB at FLUX.1's size, and all 28 steps of 16 images.
 MODULATION_ROWS = 512

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fluxcli.checkpoints import Checkpoint
-from fluxcli.engine.graphs import Pool, capture
-from fluxcli.engine.weights import load_part
-from fluxcli.tokenizers import Tokenizers
+from fluxcli.engine.runtime.graphs import Pool, capture
+from fluxcli.engine.weights.fill import load_part
+from fluxcli.models.checkpoints import Checkpoint
+from fluxcli.models.tokenizers import Tokenizers
 
 # Prompts encoded at once, padded with copies: always as many, so that a prompt's embedding depends on no neighbour and
 # on no batch size, and one captured graph serves a text length.

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fluxcli.checkpoints import Checkpoint
-from fluxcli.engine.ops import add_biased, group_norm_silu
-from fluxcli.engine.weights import load_part
+from fluxcli.engine.layers.ops import add_biased, group_norm_silu
+from fluxcli.engine.weights.fill import load_part
+from fluxcli.models.checkpoints import Checkpoint
 
 # Pixels decoded at once: one 1024x1024 picture, or several smaller ones. Bounds the decoder's memory at any batch size.
 _PIXELS_AT_ONCE = 2**20

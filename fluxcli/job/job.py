@@ -10,19 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from fluxcli import __version__
-from fluxcli.checkpoints import Checkpoint
-from fluxcli.config import EngineConfig, ImageFormat, RowDefaults
-from fluxcli.errors import InputError, JobError
-from fluxcli.job import report
-from fluxcli.job.intake import Intake, Status, take_in
-from fluxcli.job.lock import utc_now
+from fluxcli.core.config import EngineConfig, ImageFormat, RowDefaults
+from fluxcli.core.errors import InputError, JobError
+from fluxcli.core.records import ShapeKey
+from fluxcli.job.input.intake import Intake, Status, take_in
+from fluxcli.job.input.read import PromptFile
+from fluxcli.job.output.lock import utc_now
+from fluxcli.job.output.store import JobStore, check_identity, committed_status, read_committed, read_failed
 from fluxcli.job.plan import BatchSize, Plan, padded_sizes, plan, size_of
-from fluxcli.job.progress import Progress
-from fluxcli.job.prompts import PromptFile
-from fluxcli.job.runner import Engine, Runner, Stopped
-from fluxcli.job.store import JobStore, check_identity, committed_status, read_committed, read_failed
-from fluxcli.records import ShapeKey
-from fluxcli.tokenizers import Tokenizers
+from fluxcli.job.report import text as report
+from fluxcli.job.run.progress import Progress
+from fluxcli.job.run.runner import Engine, Runner, Stopped
+from fluxcli.models.checkpoints import Checkpoint
+from fluxcli.models.tokenizers import Tokenizers
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from fluxcli.records import Group, ShapeKey
+from fluxcli.core.records import Group, ShapeKey
 
 BatchSize = int | Callable[[Group], int]
 

@@ -4,12 +4,12 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from fluxcli.config import ImageFormat
-from fluxcli.errors import JobError, UsageError
-from fluxcli.job import images
-from fluxcli.job.files import TEMPORARY
-from fluxcli.job.runner import Engine
-from fluxcli.records import Batch, PromptRecord, ShapeKey
+from fluxcli.core.config import ImageFormat
+from fluxcli.core.errors import JobError, UsageError
+from fluxcli.core.files import TEMPORARY
+from fluxcli.core.records import Batch, PromptRecord, ShapeKey
+from fluxcli.job.output import images
+from fluxcli.job.run.runner import Engine
 
 _SLUG = 48  # characters of the prompt in a file name
 # What makes -o a file's name; None for pictures of other programs.

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from fluxcli.config import RowDefaults
-from fluxcli.job.prompts import PromptFile, check_row
+from fluxcli.core.config import RowDefaults
+from fluxcli.job.input.read import PromptFile, check_row
 
 
 def prompts(path: Path, count: int) -> list[str]:

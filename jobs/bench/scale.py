@@ -18,13 +18,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fluxcli.checkpoints import resolve
-from fluxcli.config import EngineConfig, ImageFormat
-from fluxcli.job.files import json_line
+from fluxcli.core.config import EngineConfig, ImageFormat
+from fluxcli.core.files import json_line
+from fluxcli.core.records import PromptRecord
+from fluxcli.job.input.read import PromptFile
 from fluxcli.job.job import Job
-from fluxcli.job.prompts import PromptFile
-from fluxcli.job.store import FILES_PER_DIRECTORY, JobStore, record_settings
-from fluxcli.records import PromptRecord
+from fluxcli.job.output.store import FILES_PER_DIRECTORY, JobStore, record_settings
+from fluxcli.models.checkpoints import resolve
 
 
 def job(model: str, rows: Path, directory: Path) -> Job:

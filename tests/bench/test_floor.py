@@ -11,11 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fluxcli.bench import floor
 from fluxcli.bench.inputs import Inputs
-from fluxcli.checkpoints import resolve
-from fluxcli.engine.device import resolve as resolve_device
+from fluxcli.core.records import ShapeKey
 from fluxcli.engine.engine import Engine
-from fluxcli.engine.transformer import FluxConfig
-from fluxcli.records import ShapeKey
+from fluxcli.engine.nets.flux1 import FluxConfig
+from fluxcli.engine.runtime.device import resolve as resolve_device
+from fluxcli.models.checkpoints import resolve
 from tests.pipelines import DEEP, DEV, SCHNELL, Shape
 
 KEYS = [ShapeKey(1, 64, 64, 16), ShapeKey(3, 96, 64, 48)]

@@ -5,9 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from fluxcli.checkpoints import BUILT_IN, resolve
-from fluxcli.engine.device import resolve as resolve_device
 from fluxcli.engine.engine import Engine
+from fluxcli.engine.runtime.device import resolve as resolve_device
+from fluxcli.models.checkpoints import BUILT_IN, resolve
 from jobs.bench.full_size import write
 from tests.engine.test_parity import records, reference, run, worst
 

@@ -6,10 +6,10 @@ import torch
 from fluxcli.bench import peers
 from fluxcli.bench.inputs import Inputs
 from fluxcli.bench.parity import parity
-from fluxcli.checkpoints import resolve
-from fluxcli.engine.device import resolve as resolve_device
+from fluxcli.core.records import ShapeKey
 from fluxcli.engine.engine import Engine
-from fluxcli.records import ShapeKey
+from fluxcli.engine.runtime.device import resolve as resolve_device
+from fluxcli.models.checkpoints import resolve
 from tests.pipelines import DEV, SCHNELL, Shape
 
 KEY = ShapeKey(2, 64, 96, 32)

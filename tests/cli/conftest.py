@@ -17,7 +17,7 @@ def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Res
     """As `fluxcli`, in this process, which has torch loaded already: for tests of many cases, on the CPU."""
     import torch
 
-    from fluxcli.cli import cli
+    from fluxcli.cli.main import cli
 
     threads = torch.get_num_threads()
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from fluxcli.bench import bench, peers
+from fluxcli.core.errors import OutOfMemory
 from fluxcli.engine.engine import Engine
-from fluxcli.errors import OutOfMemory
 
 SMALL = ("-m", "tiny", "--size", "64x64", "--text-lengths", 32, "--steps", 2)
 SHAPE_KEYS = {

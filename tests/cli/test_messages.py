@@ -255,8 +255,8 @@ def test_a_sharded_model_makes_the_same_image(sharded: Path, pipeline, inside, t
 
 REMARKING = """
 import sys, warnings
-from fluxcli.cli import cli
-from fluxcli.errors import Remark
+from fluxcli.cli.main import cli
+from fluxcli.core.errors import Remark
 
 @cli.command()
 def remark():

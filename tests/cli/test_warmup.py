@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from fluxcli.checkpoints import resolve
-from fluxcli.config import EngineConfig
-from fluxcli.engine import portable
-from fluxcli.engine.cache import CompileCache
+from fluxcli.core.config import EngineConfig
+from fluxcli.engine.runtime import cache_archive
+from fluxcli.engine.runtime.compile_cache import CompileCache
+from fluxcli.models.checkpoints import resolve
 from tests.cli.conftest import SMALL, files
 from tests.conftest import write_rows
 
@@ -97,7 +97,7 @@ def fill(made: CompileCache) -> None:
 def exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     there = cache(tmp_path / "there", monkeypatch)
     fill(there)
-    assert portable.export(there, tmp_path / "cache.zip") == (tmp_path / "cache.zip").stat().st_size
+    assert cache_archive.export(there, tmp_path / "cache.zip") == (tmp_path / "cache.zip").stat().st_size
     return tmp_path / "cache.zip"
 
 

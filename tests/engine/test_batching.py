@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fluxcli.checkpoints import resolve
-from fluxcli.config import EngineConfig
+from fluxcli.core.config import EngineConfig
+from fluxcli.core.records import Group, ShapeKey
 from fluxcli.engine import batching, memory
 from fluxcli.engine.batching import BatchSizes, knee
-from fluxcli.records import Group, ShapeKey
+from fluxcli.models.checkpoints import resolve
 
 CPU = EngineConfig("cpu", "float32", False)
 SMALL, LARGE = Group(256, 256, 128, 28), Group(1024, 1024, 512, 28)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fluxcli.engine.transformer import Flux
-from fluxcli.errors import OutOfMemory
-from fluxcli.records import Batch, ShapeKey
+from fluxcli.core.errors import OutOfMemory
+from fluxcli.core.records import Batch, ShapeKey
+from fluxcli.engine.nets.flux1 import Flux
 from tests import pipelines
 from tests.conftest import read_rows, write_rows
 from tests.engine.test_parity import cpu_engine, records, run

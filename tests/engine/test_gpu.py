@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from fluxcli.checkpoints import resolve
-from fluxcli.engine.device import resolve as resolve_device
+from fluxcli.core.errors import DeviceError
+from fluxcli.core.records import Batch, ShapeKey
+from fluxcli.engine.denoise import stack_noise
 from fluxcli.engine.engine import Engine
-from fluxcli.engine.sampling import stack_noise
-from fluxcli.errors import DeviceError
-from fluxcli.records import Batch, ShapeKey
+from fluxcli.engine.runtime.device import resolve as resolve_device
+from fluxcli.models.checkpoints import resolve
 from tests.engine.test_parity import records, run, worst
 from tests.pipelines import DEEP, DEV, SCHNELL, Shape
 

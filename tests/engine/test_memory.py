@@ -7,14 +7,15 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from fluxcli.checkpoints import resolve
-from fluxcli.config import EngineConfig
-from fluxcli.engine import memory, weights
-from fluxcli.engine.device import resolve as resolve_device
+from fluxcli.core.config import EngineConfig
+from fluxcli.core.errors import OutOfMemory
+from fluxcli.core.records import Batch, ShapeKey
+from fluxcli.engine import memory
 from fluxcli.engine.engine import Engine
 from fluxcli.engine.memory import MemoryPlan, Needs, plan
-from fluxcli.errors import OutOfMemory
-from fluxcli.records import Batch, ShapeKey
+from fluxcli.engine.runtime.device import resolve as resolve_device
+from fluxcli.engine.weights import fill
+from fluxcli.models.checkpoints import resolve
 from tests.engine.test_parity import records, run
 from tests.pipelines import DEV
 
@@ -33,7 +34,7 @@ def budget(gigabytes: float, *shapes: ShapeKey) -> MemoryPlan:
 def test_weights_are_counted_exactly() -> None:
     # The sizes in FLUX.1-dev's own indexes.
     for part, total in (("transformer", 23_802_816_640), ("text_encoder_2", 9_524_621_312)):
-        assert weights.size(resolve("random:flux-dev"), part, torch.bfloat16) == total
+        assert fill.size(resolve("random:flux-dev"), part, torch.bfloat16) == total
 
 
 def test_everything_stays_where_there_is_room() -> None:
@@ -81,8 +82,7 @@ def test_blocks_that_visit_compute_the_same_and_go_home(model: str, pipeline, mo
         checkpoint = resolve("tiny")
         object.__setattr__(checkpoint, "random", True)
     resident, visiting = (
-        weights.load_part(checkpoint, "text_encoder_2", "cpu", torch.float32, blocks)
-        for blocks in (None, "encoder.block")
+        fill.load_part(checkpoint, "text_encoder_2", "cpu", torch.float32, blocks) for blocks in (None, "encoder.block")
     )
     ids = torch.arange(12).view(2, 6)
     homes = {name: parameter.data_ptr() for name, parameter in visiting.named_parameters()}
@@ -101,7 +101,7 @@ def test_blocks_that_visit_compute_the_same_and_go_home(model: str, pipeline, mo
 
 
 def test_a_visit_that_fails_leaves_every_block_at_home(pipeline, monkeypatch) -> None:
-    model = weights.load_part(resolve(str(pipeline(DEV))), "text_encoder_2", "cpu", torch.float32, "encoder.block")
+    model = fill.load_part(resolve(str(pipeline(DEV))), "text_encoder_2", "cpu", torch.float32, "encoder.block")
     homes = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
     ids = torch.arange(6)[None]
     expected = model(ids).last_hidden_state

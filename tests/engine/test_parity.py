@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from fluxcli.checkpoints import resolve
-from fluxcli.engine.device import resolve as resolve_device
+from fluxcli.core.records import Batch, PromptRecord, ShapeKey
 from fluxcli.engine.engine import Engine
-from fluxcli.records import Batch, PromptRecord, ShapeKey
+from fluxcli.engine.runtime.device import resolve as resolve_device
+from fluxcli.models.checkpoints import resolve
 from tests import pipelines
 from tests.pipelines import DEEP, DEV, SCHNELL, TINY, Shape
 
@@ -144,8 +144,8 @@ def bfloat16_reference(directory: Path, rows: list[PromptRecord]) -> np.ndarray:
 
 
 def test_pictures_survive_the_trip_through_a_file(pipeline, tmp_path: Path) -> None:
-    from fluxcli.config import ImageFormat
-    from fluxcli.job.images import encode
+    from fluxcli.core.config import ImageFormat
+    from fluxcli.job.output.images import encode
 
     row = records(DEV, 1, 64, 64, 64, steps=2)[0]
     pixels = run(cpu_engine(pipeline(DEV)), [row])[0]

@@ -4,11 +4,11 @@ from collections import Counter
 
 import torch
 
-from fluxcli.checkpoints import resolve
-from fluxcli.engine.device import resolve as resolve_device
+from fluxcli.core.records import Batch, PromptRecord, ShapeKey
 from fluxcli.engine.engine import Engine
+from fluxcli.engine.runtime.device import resolve as resolve_device
 from fluxcli.engine.text import EmbeddingCache
-from fluxcli.records import Batch, PromptRecord, ShapeKey
+from fluxcli.models.checkpoints import resolve
 
 
 def engine() -> Engine:

@@ -3,8 +3,8 @@
 import torch
 from diffusers import AutoencoderKL
 
-from fluxcli.checkpoints import resolve
 from fluxcli.engine.vae import FusedResnet, NormSiLU, fuse
+from fluxcli.models.checkpoints import resolve
 
 
 @torch.inference_mode()

@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from fluxcli.checkpoints import resolve
-from fluxcli.config import EngineConfig, ImageFormat
-from fluxcli.job import files, store
+from fluxcli.core import files
+from fluxcli.core.config import EngineConfig, ImageFormat
+from fluxcli.core.records import Batch, Pictures, ShapeKey, Timing, WarmUp
 from fluxcli.job.job import Job
-from fluxcli.records import Batch, Pictures, ShapeKey, Timing, WarmUp
+from fluxcli.job.output import store
+from fluxcli.models.checkpoints import resolve
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
 ROWS = 11

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fluxcli.job.verify import verify
+from fluxcli.job.report.verify import verify
 from tests.faults import harness
 
 WHEN = {"write": ("before", "midway", "after"), "append": ("before", "midway", "after")}

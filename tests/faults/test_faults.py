@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fluxcli.errors import DeviceError, JobError, OutOfMemory
-from fluxcli.job import files, store
-from fluxcli.job.runner import TooManyFailures
-from fluxcli.job.verify import verify
-from fluxcli.records import Batch
+from fluxcli.core import files
+from fluxcli.core.errors import DeviceError, JobError, OutOfMemory
+from fluxcli.core.records import Batch
+from fluxcli.job.output import store
+from fluxcli.job.report.verify import verify
+from fluxcli.job.run.runner import TooManyFailures
 from tests.conftest import read_rows
 from tests.faults import harness
 from tests.faults.harness import SeedEngine

@@ -6,8 +6,8 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fluxcli.core.records import Group
 from fluxcli.job.plan import Plan, bucket, padded_sizes, plan
-from fluxcli.records import Group
 
 _sides = st.sampled_from([64, 80, 512, 1024, 4096])
 _groups = st.builds(Group, _sides, _sides, st.sampled_from([64, 128, 512]), st.sampled_from([1, 4, 28]))

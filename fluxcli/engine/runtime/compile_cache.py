@@ -1,0 +1,119 @@
+"""Where compiled code is kept between processes: Inductor's and Triton's caches, and what was measured to be fastest,
+under $FLUXCLI_CACHE, one folder per torch, CUDA, GPU and model architecture."""
+
+import hashlib
+import json
+import os
+import re
+from collections import Counter
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fluxcli.core.config import EngineConfig
+from fluxcli.models.checkpoints import Checkpoint
+
+
+class CompileCache:
+    """Points the compilers at their folder. Make one before anything compiles.
+
+    Attributes:
+        environment: what compiled code depends on: versions, GPU, and the model's architecture with its dtype.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, config: EngineConfig) -> None:
+        self.environment = _environment(checkpoint, config)
+        gpu, cuda = self.environment["gpu"], self.environment["cuda"]
+        machine = f"cuda{cuda}-{gpu}" if gpu else "cpu"
+        folder = re.sub(r"[^\w.+-]+", "_", f"torch{torch.__version__}-{machine}")
+        self.directory = root() / "compile" / folder / self.environment["architecture"]
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(self.directory / "inductor")
+        os.environ["TRITON_CACHE_DIR"] = str(self.directory / "triton")
+        if gpu:
+            _listen_to_triton()
+
+    def attention(self, comparison: str) -> str | None:
+        """The backend that an earlier process found fastest in it; asked for again, so that its compiled code is found
+        again too."""
+        return self.read("attention.json").get(comparison)
+
+    def remember_attention(self, comparison: str, backend: str) -> None:
+        self.add("attention.json", {comparison: backend})
+
+    def add(self, name: str, choices: dict[str, Any]) -> None:
+        """Measured choices, into the file `name` of the folder; they replace those of the same keys."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        temporary = self.directory / f"{name}.{os.getpid()}"
+        temporary.write_text(json.dumps({**self.read(name), **choices}, indent=1))
+        temporary.replace(self.directory / name)
+
+    def read(self, name: str) -> dict[str, Any]:
+        """The choices in a file of the folder; none where it is not there."""
+        try:
+            return dict(json.loads((self.directory / name).read_text()))
+        except (OSError, ValueError, TypeError):
+            return {}
+
+
+def root() -> Path:
+    """$FLUXCLI_CACHE, else `fluxcli` in the XDG cache directory."""
+    if own := os.environ.get("FLUXCLI_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fluxcli"
+
+
+def share_cute_caches() -> None:
+    """FlashAttention-4 and quack-kernels compile for each kind of shape, and read these when they are imported."""
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(root() / "flash-attn-4"))
+    os.environ.setdefault("QUACK_CACHE_DIR", str(root() / "quack"))
+
+
+def compile_counts() -> Counter[str]:
+    """What this process compiled so far: `graphs` traced by Dynamo and kernels made ready by Triton, and of those
+    `misses` that no cache held."""
+    from torch._dynamo.utils import counters
+
+    traced = Counter(
+        graphs=counters["stats"]["unique_graphs"],
+        misses=counters["inductor"]["fxgraph_cache_miss"] + counters["inductor"]["fxgraph_cache_bypass"],
+    )
+    return traced + _kernels
+
+
+_kernels: Counter[str] = Counter()
+
+
+def _listen_to_triton() -> None:
+    from triton import knobs
+
+    knobs.compilation.listener = _count_kernel
+
+
+def _count_kernel(*, cache_hit: bool, **about: Any) -> None:
+    _kernels.update(graphs=1, misses=0 if cache_hit else 1)
+
+
+def _environment(checkpoint: Checkpoint, config: EngineConfig) -> dict[str, Any]:
+    cuda = config.device.startswith("cuda")
+    shape = {key: value for key, value in checkpoint.transformer.items() if not key.startswith("_")}
+    digest = hashlib.sha256(json.dumps([shape, config.dtype], sort_keys=True).encode()).hexdigest()
+    return {
+        "torch": torch.__version__,
+        "triton": version("triton"),
+        "cuda": torch.version.cuda if cuda else None,
+        "gpu": torch.cuda.get_device_name(config.device) if cuda else None,
+        "capability": list(torch.cuda.get_device_capability(config.device)) if cuda else None,
+        "architecture": f"flux-{digest[:12]}",
+        "dtype": config.dtype,
+    }
+
+
+def version(package: str) -> str | None:
+    """Of an installed package; None where it is not."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,58 @@
+"""What "auto" means on this machine: device, dtype, and whether to compile."""
+
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from fluxcli.core import config
+from fluxcli.core.config import EngineConfig
+from fluxcli.core.errors import DeviceError
+from fluxcli.engine.attention import backends
+
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in config.DTYPES}
+
+
+def has_gpu() -> bool:
+    return torch.cuda.is_available()
+
+
+def resolve(device: str, dtype: str, compile: bool | None, backend: str) -> EngineConfig:
+    """Settles --device, --dtype and --compile; "auto" and None mean what suits the machine.
+
+    Raises:
+        DeviceError: a GPU that is not there, or an attention backend that cannot run.
+    """
+    if device == "auto":
+        device = "cuda" if has_gpu() else "cpu"
+    if device.startswith("cuda"):
+        device = _gpu(device)
+    if dtype == "auto":
+        dtype = "bfloat16" if device.startswith("cuda") else "float32"
+    if compile is None:
+        compile = device.startswith("cuda")
+    backends.check(backend, device, DTYPES[dtype])
+    return EngineConfig(device, dtype, compile, backend)
+
+
+def machine(engine: EngineConfig) -> dict[str, Any]:
+    """Device, dtype and versions for the records of a run."""
+    cuda = engine.device.startswith("cuda")
+    return {
+        "device": torch.cuda.get_device_name(engine.device) if cuda else "cpu",
+        "dtype": engine.dtype,
+        "versions": {
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            **{package: metadata.version(package) for package in ("diffusers", "transformers")},
+        },
+    }
+
+
+def _gpu(device: str) -> str:
+    if not has_gpu():
+        raise DeviceError(f"--device {device}: torch {torch.__version__} sees no CUDA GPU; use --device cpu")
+    index = int(device.partition(":")[2] or torch.cuda.current_device())
+    if index >= torch.cuda.device_count():
+        raise DeviceError(f"--device {device}: there are {torch.cuda.device_count()} GPUs here, counted from 0")
+    return f"cuda:{index}"

@@ -1,0 +1,125 @@
+"""What a dry run and a finished run tell: as data for --json, as a table for people."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from fluxcli.core.records import Failure
+from fluxcli.job.input.intake import Intake
+from fluxcli.job.plan import Plan
+from fluxcli.job.run.runner import Totals
+
+
+def plan_data(intake: Intake, plan: Plan) -> dict[str, Any]:
+    """The plan: buckets, groups of batches, padding, shapes to compile, and what is done or refused already.
+
+    `text_padding` is the share of text tokens that are padding, `batch_padding` the share of images that are.
+    """
+    images, tokens = Counter[int](), Counter[int]()
+    for count, text_length in intake.text_tokens():
+        images[text_length] += 1
+        tokens[text_length] += min(count, text_length)
+    groups = Counter(
+        (batch.key.width, batch.key.height, batch.key.text_length, batch.num_inference_steps) for batch in plan
+    )
+    in_group = Counter(
+        (group.width, group.height, group.text_length, group.num_inference_steps) for group in intake.groups
+    )
+    slots = sum(batch.key.batch_size for batch in plan)
+    text = sum(length * count for length, count in images.items())
+    return {
+        "rows": intake.rows,
+        "images": len(intake.groups),
+        "done": intake.done,
+        "failed": len(intake.failures),
+        "truncated": intake.truncated,
+        "buckets": [
+            {
+                "text_length": length,
+                "images": images[length],
+                "padding": _share(length * images[length], tokens[length]),
+            }
+            for length in sorted(images)
+        ],
+        "groups": [
+            {
+                "width": group[0],
+                "height": group[1],
+                "text_length": group[2],
+                "num_inference_steps": group[3],
+                "images": in_group[group],
+                "batches": batches,
+            }
+            for group, batches in groups.items()
+        ],
+        "batches": len(plan),
+        "text_padding": _share(text, sum(tokens.values())),
+        "batch_padding": _share(slots, len(intake.groups)),
+        "shapes": [key._asdict() for key in plan.shapes()],
+        "failures": [failure.as_row() for failure in intake.failures],
+    }
+
+
+def plan_table(data: dict[str, Any]) -> str:
+    rows = [("size", "text", "steps", "images", "batches")]
+    rows += [
+        (
+            f"{group['width']}x{group['height']}",
+            str(group["text_length"]),
+            str(group["num_inference_steps"]),
+            str(group["images"]),
+            str(group["batches"]),
+        )
+        for group in data["groups"]
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    lines.append("")
+    lines.append(
+        f"{data['rows']} rows: {data['images']} images to make in {data['batches']} batches, "
+        f"{data['done']} done, {data['failed']} failed, {data['truncated']} truncated"
+    )
+    lines.append(f"padding: {data['text_padding']:.1%} of text tokens, {data['batch_padding']:.1%} of images")
+    shapes = ", ".join(
+        f"{shape['batch_size']} x {shape['width']}x{shape['height']}/{shape['text_length']}" for shape in data["shapes"]
+    )
+    lines.append(f"shapes to compile: {len(data['shapes'])}" + (f" ({shapes})" if shapes else ""))
+    return "\n".join(lines)
+
+
+def failure_lines(failures: Sequence[Failure], shown: int = 5) -> list[str]:
+    lines = [f"line {failure.line}: {failure.message}" for failure in failures[:shown]]
+    if len(failures) > shown:
+        lines.append(f"and {len(failures) - shown} more bad rows")
+    return lines
+
+
+def totals_data(totals: Totals, done_before: int, skipped: int) -> dict[str, Any]:
+    return {
+        "images": totals.images,
+        "failures": totals.failures,
+        "done_before": done_before,
+        "skipped": skipped,
+        "seconds": round(totals.seconds, 3),
+        "warm_up_s": round(totals.warm_up_s, 3),
+        "images_per_s": round(totals.images_per_s, 4),
+        "stages_s": {name: round(seconds, 3) for name, seconds in totals.stages.items()},
+    }
+
+
+def totals_lines(data: dict[str, Any]) -> str:
+    if not any(data[name] for name in ("images", "failures", "skipped", "done_before")):
+        return "nothing to do: the input has no rows"
+    if not data["images"] and not data["failures"] and not data["skipped"]:
+        return f"nothing to do: {data['done_before']} images were done before"
+    made = f"{data['images']} images in {data['seconds']:.1f} s ({data['images_per_s']:.2f} images/s)"
+    before = f", {data['done_before']} were done before" if data["done_before"] else ""
+    before += f", {data['skipped']} skipped that failed before" if data["skipped"] else ""
+    stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in data["stages_s"].items())
+    return (
+        f"{made}, {data['failures']} failed{before}\ntime by stage: {stages}; getting ready {data['warm_up_s']:.1f} s"
+    )
+
+
+def _share(all: int, used: int) -> float:
+    return round(1 - used / all, 4) if all else 0.0
