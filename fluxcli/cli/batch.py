@@ -1,0 +1,108 @@
+"""`fluxcli batch`."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fluxcli.cli.options import (
+    _read_config,
+    batch_size_option,
+    engine_options,
+    format_options,
+    json_output,
+    row_options,
+    verbosity,
+)
+from fluxcli.cli.settings import batch_sizes, load_engine, say, settings
+from fluxcli.core import config
+
+_JOB_OPTIONS = ("text_lengths", "batch_size", "limit", "strict", "max_failures", "retry_failed")
+
+
+@click.command()
+@click.argument("input", type=click.Path(exists=True, dir_okay=False, allow_dash=True))
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="The job's directory.  [default: out/INPUT]",
+)
+@click.option(
+    "--config",
+    type=click.Path(exists=True, dir_okay=False),
+    is_eager=True,
+    expose_value=False,
+    callback=_read_config,
+    help="TOML file with any of these options; the command line wins.",
+)
+@batch_size_option
+@click.option("--limit", type=click.IntRange(0), help="Use the first N rows only.")
+@format_options
+@click.option("--dry-run", is_flag=True, help="Show the plan; make nothing.")
+@click.option("--strict", is_flag=True, help="Stop before any work if a row is bad.")
+@click.option("--max-failures", type=click.IntRange(0), metavar="N", help="Stop when more than N rows failed.")
+@click.option(
+    "--retry-failed/--no-retry-failed", default=True, show_default=True, help="Try rows again that failed before."
+)
+@click.option("--force", is_flag=True, help="If the directory holds another job, start over in a new one beside it.")
+@row_options
+@engine_options
+@json_output
+@verbosity
+@click.pass_context
+def batch(
+    ctx: click.Context,
+    /,
+    input: str,
+    output: Path | None,
+    format: str,
+    quality: int,
+    dry_run: bool,
+    force: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Run a job: every row of INPUT (.jsonl, .txt, .csv, .tsv, or - for JSONL on stdin) becomes an image.
+
+    The same command again finishes what is missing.
+    """
+    from fluxcli.engine.runtime import device
+    from fluxcli.job.input.read import PromptFile
+    from fluxcli.job.job import Job
+    from fluxcli.job.report import text as report
+
+    checkpoint, engine_config, defaults = settings(options)
+    options["batch_size"] = batch_sizes(options["batch_size"], checkpoint, engine_config)
+    job = Job(
+        input,
+        output or Path("out") / ("stdin" if input == "-" else Path(input).stem),
+        checkpoint,
+        engine_config,
+        defaults,
+        image=config.ImageFormat(format, quality),
+        **{name: options[name] for name in _JOB_OPTIONS},
+    )
+    if force:
+        moved = job.in_free_directory()
+        if moved.directory != job.directory:
+            say(f"{job.directory} holds another job: starting over in {moved.directory}")
+        job = moved
+    if dry_run:
+        intake, plan = job.preview(PromptFile(input))
+        data = report.plan_data(intake, plan)
+        if as_json:
+            click.echo(json.dumps({"directory": str(job.directory), **data}, ensure_ascii=False))
+        else:
+            say("\n".join([report.plan_table(data), *report.failure_lines(intake.failures)]))
+        return
+    make = partial(load_engine, checkpoint, engine_config)
+    status, totals = job.run(make, device.machine(engine_config), say)
+    say(report.totals_lines(totals))
+    if totals["failures"]:
+        say(f"failed rows: {job.directory / 'failures.jsonl'}")
+    if as_json:
+        click.echo(json.dumps({"directory": str(job.directory), **totals, "exit_status": status}))
+    ctx.exit(status)

@@ -1,0 +1,86 @@
+"""`fluxcli bench`."""
+
+import json
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import click
+
+from fluxcli.cli.options import TEXT_LENGTHS, json_output, machine_options, verbosity
+from fluxcli.cli.settings import checkpoint_of, load_engine, say
+from fluxcli.cli.types import MOST_IMAGES, Numbers, Size
+from fluxcli.core import config
+
+
+@click.command()
+@click.option("--size", "sizes", type=Size(), multiple=True, help="May be given several times.  [default: the model's]")
+@click.option(
+    "--batch-size",
+    "batch_sizes",
+    type=Numbers("batch sizes", MOST_IMAGES),
+    default=(1, config.BATCH_SIZE),
+    help=f"Several may be given.  [default: 1,{config.BATCH_SIZE}]",
+)
+@click.option(
+    "--text-lengths",
+    type=TEXT_LENGTHS,
+    default=(config.MAX_TEXT_LENGTH,),
+    help=f"In T5 tokens.  [default: {config.MAX_TEXT_LENGTH}, the reference setting]",
+)
+@click.option("--steps", type=click.IntRange(1, 1000), help="Of a whole image.  [default: the model's]")
+@click.option("--vs", type=click.Choice(("diffusers",)), help="Also run this on the same weights: eager and compiled.")
+@click.option("--cold-start", is_flag=True, help="Also time two new processes: with empty caches, then from the cache.")
+@machine_options
+@json_output
+@verbosity
+@click.pass_context
+def bench(
+    ctx: click.Context,
+    /,
+    sizes: Sequence[tuple[int, int]],
+    batch_sizes: Sequence[int],
+    text_lengths: Sequence[int],
+    steps: int | None,
+    vs: str | None,
+    cold_start: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Measure this machine: a step against what its products and attention alone take, whole images by stage.
+
+    Exits with 1 if a shape or a peer could not be measured; the rest is told all the same.
+    """
+    from fluxcli.bench import table
+    from fluxcli.bench.bench import Bench
+    from fluxcli.core.records import ShapeKey
+    from fluxcli.engine.runtime import device
+    from fluxcli.job.output import images
+
+    checkpoint = checkpoint_of(options["model"], options["revision"])
+    engine_config = device.resolve(options["device"], options["dtype"], options["compile"], options["attention"])
+    defaults = checkpoint.row_defaults()
+    keys = [
+        ShapeKey(batch_size, height, width, length)
+        for width, height in sizes or [(defaults.width, defaults.height)]
+        for batch_size in batch_sizes
+        for length in text_lengths
+    ]
+    run = Bench(
+        checkpoint,
+        engine_config,
+        keys,
+        steps or defaults.num_inference_steps,
+        defaults.guidance_scale,
+        vs,
+        cold_start,
+    )
+    status, result = run.run(
+        partial(load_engine, checkpoint, engine_config),
+        lambda pixels, record: images.encode(pixels, config.ImageFormat(), record, checkpoint.name),
+        say,
+    )
+    say(f"\n{table.text(result)}")
+    if as_json:
+        click.echo(json.dumps(result))
+    ctx.exit(status)

@@ -1,0 +1,99 @@
+"""The options that commands share, one decorator a group; and `--config`, which sets any of them from a file."""
+
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fluxcli.cli.types import BatchSize, Device, Finite, Numbers, Side
+from fluxcli.core import config
+
+FORMATS = ("png", "jpg", "webp")
+FILE = click.Path(dir_okay=False, path_type=Path)
+
+
+def _verbose(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value:
+        ctx.meta["fluxcli.verbose"] = True
+
+
+def options(*options: Callable[..., Any]) -> Callable[..., Any]:
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+verbosity = click.option(
+    "-v", "--verbose", is_flag=True, expose_value=False, callback=_verbose, help="Show tracebacks of errors."
+)
+TEXT_LENGTHS = Numbers("text lengths", config.MAX_TEXT_LENGTH)
+machine_options = options(
+    click.option("-m", "--model", metavar="MODEL", help="Hub id, pipeline directory, tiny, or random:flux-dev."),
+    click.option("--revision", help="Branch, tag or commit of a model from the hub."),
+    click.option("--dtype", type=click.Choice(("auto", *config.DTYPES)), default="auto", show_default=True),
+    click.option("--device", type=Device(), default="auto", show_default=True),
+    click.option(
+        "--compile/--no-compile",
+        default=None,
+        help="Prepare each shape: captured graphs on a GPU, torch.compile on a CPU.  [default: on a GPU]",
+    ),
+    click.option("--attention", type=click.Choice(("auto", *config.ATTENTION)), default="auto", show_default=True),
+)
+engine_options = options(
+    machine_options,
+    click.option(
+        "--text-lengths",
+        type=TEXT_LENGTHS,
+        default=config.TEXT_LENGTHS,
+        help="Buckets of prompt length in T5 tokens; one number fixes it (512 is the reference).  "
+        "[default: 64,128,256,512]",
+    ),
+)
+row_options = options(
+    click.option("--width", type=Side(), help="Where a row has none.  [default: the model's]"),
+    click.option("--height", type=Side(), help="Where a row has none.  [default: the model's]"),
+    click.option("--steps", type=click.IntRange(1, 1000), help="Denoising steps.  [default: the model's]"),
+    click.option("--guidance", type=Finite(), help="Guidance scale.  [default: 3.5 where the model takes one]"),
+    click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True),
+)
+format_options = options(
+    click.option("--format", type=click.Choice(FORMATS), default="png", show_default=True),
+    click.option("--quality", type=click.IntRange(1, 100), default=95, show_default=True, help="Of JPEG and WebP."),
+)
+batch_size_option = click.option(
+    "--batch-size",
+    type=BatchSize(),
+    default=config.BATCH_SIZE,
+    show_default=True,
+    help="auto: for each size what memory holds and speed gains from, measured once.",
+)
+json_output = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+
+
+def _read_config(ctx: click.Context, param: click.Parameter, path: str | None) -> None:
+    if path is None:
+        return
+    try:
+        with open(path, "rb") as file:
+            given = tomllib.load(file)
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise click.BadParameter(f"{path}: {error}", ctx, param) from error
+    known = {name.lstrip("-"): option for option in ctx.command.params for name in option.opts if name[:2] == "--"}
+    defaults: dict[str, Any] = {}
+    for key, value in given.items():
+        option = known.get(key.replace("_", "-"))
+        if option is None or option.name in (None, "config"):
+            raise click.BadParameter(f"{path}: there is no option {key!r}", ctx, param)
+        # click would round and guess: 1.9 is no seed, and true no size.
+        whole = isinstance(option.type, click.IntRange | Side | BatchSize) and value != "auto"
+        flag = isinstance(option, click.Option) and option.is_flag
+        if (whole and type(value) is not int) or (flag and type(value) is not bool):
+            wanted = "an integer" if whole else "true or false"
+            raise click.BadParameter(f"{path}: {key} must be {wanted}, got {value!r}", ctx, param)
+        defaults[str(option.name)] = tuple(value) if isinstance(value, list) else value
+    ctx.default_map = {**(ctx.default_map or {}), **defaults}

@@ -1,0 +1,77 @@
+"""What the options mean on this machine: the model, the engine and its settings, every "auto" and default settled."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fluxcli.core import config
+
+if TYPE_CHECKING:
+    from fluxcli.core.records import ShapeKey
+    from fluxcli.job.plan import BatchSize
+    from fluxcli.models.checkpoints import Checkpoint
+
+
+def say(text: str) -> None:
+    """Everything for people goes to stderr; stdout carries results."""
+    click.echo(text, err=True)
+
+
+def checkpoint_of(name: str | None, revision: str | None) -> "Checkpoint":
+    from fluxcli.models import checkpoints
+
+    if name is None:
+        name = os.environ.get("FLUXCLI_MODEL") or None
+    if name is None:
+        from fluxcli.engine.runtime import device
+
+        if device.has_gpu():
+            name = checkpoints.HUB_DEFAULT
+            say(f"no --model given: using {name}")
+        else:
+            name = "tiny"
+            say("no --model given and no CUDA GPU here: using the built-in tiny model")
+    return checkpoints.resolve(name, revision)
+
+
+def load_engine(checkpoint: "Checkpoint", engine_config: config.EngineConfig, shapes: "Sequence[ShapeKey]") -> Any:
+    from fluxcli.engine.engine import Engine
+
+    say(f"loading {checkpoint.name} ({engine_config.dtype}) on {engine_config.device}")
+    engine = Engine(checkpoint, engine_config, shapes)
+    if engine.memory.visiting_text:
+        say("T5 stays on the host and visits the GPU block by block: memory is short")
+    return engine
+
+
+def batch_sizes(given: int | str, checkpoint: "Checkpoint", engine_config: config.EngineConfig) -> "BatchSize":
+    """--batch-size as the planner takes it."""
+    if isinstance(given, int):
+        return given
+    from fluxcli.engine.batching import BatchSizes
+
+    return BatchSizes(checkpoint, engine_config)
+
+
+def settings(options: dict[str, Any]) -> tuple["Checkpoint", config.EngineConfig, config.RowDefaults]:
+    """What the shared options mean here, every "auto" and default settled."""
+    from fluxcli.engine.runtime import device
+
+    checkpoint = checkpoint_of(options["model"], options["revision"])
+    engine_config = device.resolve(options["device"], options["dtype"], options["compile"], options["attention"])
+    return checkpoint, engine_config, _row_defaults(checkpoint, options)
+
+
+def _row_defaults(checkpoint: "Checkpoint", options: dict[str, Any]) -> config.RowDefaults:
+    own = checkpoint.row_defaults()
+    given = {
+        "width": options["width"],
+        "height": options["height"],
+        "num_inference_steps": options["steps"],
+        "guidance_scale": options["guidance"] if checkpoint.takes_guidance else None,
+        "seed": options["seed"],
+    }
+    return replace(own, **{name: value for name, value in given.items() if value is not None})

@@ -1,0 +1,35 @@
+"""`fluxcli verify`."""
+
+import contextlib
+import json
+from pathlib import Path
+
+import click
+
+from fluxcli.cli.options import json_output, verbosity
+from fluxcli.cli.settings import say
+
+
+@click.command()
+@click.argument("directory", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--repair", is_flag=True, help="Remove what is broken, so that the next run makes it again.")
+@click.option("--yes", is_flag=True, help="Repair without asking.")
+@json_output
+@verbosity
+@click.pass_context
+def verify(ctx: click.Context, /, directory: Path, repair: bool, yes: bool, as_json: bool) -> None:
+    """Re-check the job in DIRECTORY: decode, hash and count every image.
+
+    Exits with 1 if anything is not as the manifest says.
+    """
+    from fluxcli.job.report import verify as job
+
+    with job.alone(directory) if repair else contextlib.nullcontext():
+        verdict = job.verify(directory)
+        say(verdict.as_lines())
+        if as_json:
+            click.echo(json.dumps(verdict.as_data(), ensure_ascii=False))
+        if repair and verdict.problems and (yes or click.confirm("Remove all of these?", err=True)):
+            job.repair(verdict)
+            say("removed; run the job again to make what is missing")
+    ctx.exit(1 if verdict.problems else 0)

@@ -1,0 +1,87 @@
+"""`fluxcli warmup`."""
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fluxcli.cli.options import FILE, batch_size_option, engine_options, json_output, row_options, verbosity
+from fluxcli.cli.settings import batch_sizes, load_engine, say, settings
+from fluxcli.cli.types import Size
+from fluxcli.core import config
+
+
+@click.command()
+@click.argument("input", type=click.Path(exists=True, dir_okay=False, allow_dash=True), required=False)
+@click.option("--size", "sizes", type=Size(), multiple=True, help="Instead of INPUT; may be given several times.")
+@click.option("--export", type=FILE, help="Write what these shapes need to FILE, for machines like this one.")
+@click.option(
+    "--import", "import_", type=FILE, help="Fill the cache from such a FILE, from a source you trust: it holds code."
+)
+@batch_size_option
+@row_options
+@engine_options
+@json_output
+@verbosity
+def warmup(
+    input: str | None,
+    sizes: Sequence[tuple[int, int]],
+    export: Path | None,
+    import_: Path | None,
+    batch_size: int | str,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Compile and cache what the shapes of INPUT, or of the given sizes, need.
+
+    A later batch on the same shapes compiles nothing. With --import and neither INPUT nor --size nothing is compiled.
+    """
+    from fluxcli.core.records import Group, ShapeKey, WarmUp
+    from fluxcli.engine.runtime import cache_archive, compile_cache
+    from fluxcli.job.input.read import PromptFile
+    from fluxcli.job.job import Job
+    from fluxcli.job.plan import size_of
+
+    if input is not None and sizes:
+        raise click.UsageError("give INPUT or --size, not both")
+    checkpoint, engine_config, defaults = settings(options)
+    if export is not None:
+        cache_archive.check_export(export)
+    if import_ is not None:
+        entries = cache_archive.import_(compile_cache.CompileCache(checkpoint, engine_config), import_)
+        say(f"{import_}: {entries} entries; cache: {compile_cache.root()}")
+        if input is None and not sizes and export is None:
+            if as_json:
+                click.echo(json.dumps({"imported": entries, "cache": str(compile_cache.root())}))
+            return
+    lengths = options["text_lengths"]
+    sizes_of = batch_sizes(batch_size, checkpoint, engine_config)
+    if input is not None:
+        job = Job(input, Path(), checkpoint, engine_config, defaults, lengths, config.ImageFormat(), sizes_of)
+        keys = job.whole_plan(PromptFile(input)).shapes()
+    else:
+        chosen = sizes or [(defaults.width, defaults.height)]
+        groups = {Group(height, width, length, 1) for width, height in chosen for length in lengths}
+        wanted = [ShapeKey(size_of(sizes_of, group), group.height, group.width, group.text_length) for group in groups]
+        keys = sorted(wanted, key=lambda key: (key.tokens(), key), reverse=True)
+    start = time.perf_counter()
+    engine = load_engine(checkpoint, engine_config, keys)
+
+    def tell(one: WarmUp) -> None:
+        say(f"{one.key}: {one.seconds:.2f} s, {one.state}, {one.attention} attention")
+
+    shapes = engine.warm_up(keys, tell)
+    seconds = time.perf_counter() - start
+    say(f"{len(shapes)} shapes in {seconds:.1f} s with the model's loading; cache: {compile_cache.root()}")
+    if export is not None:
+        size = cache_archive.export(compile_cache.CompileCache(checkpoint, engine_config), export)
+        say(f"{export}: {size / 1e6:.1f} MB")
+    if as_json:
+        rows = [
+            {**one.key._asdict(), "seconds": round(one.seconds, 3), "state": one.state, "attention": one.attention}
+            for one in shapes
+        ]
+        click.echo(json.dumps({"shapes": rows, "seconds": round(seconds, 3), "cache": str(compile_cache.root())}))
