@@ -16,7 +16,8 @@ from fluxcli.bench.parity import parity
 from fluxcli.core.config import EngineConfig
 from fluxcli.core.errors import FluxcliError
 from fluxcli.core.records import Batch, Pictures, PromptRecord, ShapeKey
-from fluxcli.engine.engine import Engine, InFlight
+from fluxcli.engine.engine import Engine
+from fluxcli.engine.flight import InFlight
 from fluxcli.engine.runtime import stopwatch
 from fluxcli.models.checkpoints import Checkpoint
 

@@ -11,10 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fluxcli.core.records import ShapeKey
-from fluxcli.engine.attention import backends
+from fluxcli.engine.attention.backends import Attention
 from fluxcli.engine.nets.flux1 import MLP_RATIO, FluxConfig
+from fluxcli.engine.runtime import stopwatch
 from fluxcli.engine.runtime.device import DTYPES
-from fluxcli.engine.runtime.graphs import capture
+from fluxcli.engine.runtime.graphs import Captured
+from fluxcli.engine.runtime.tuner import FAULTS, Tuner
+
+_TURN_S = 0.05
 
 
 class Product(NamedTuple):
@@ -55,10 +59,23 @@ def flops(config: FluxConfig, key: ShapeKey) -> int:
 
 
 def attention_ms(config: FluxConfig, key: ShapeKey, device: str, dtype: str) -> dict[str, float]:
-    """Milliseconds of one attention for every backend that can run it here; empty on a CPU, which has but one."""
+    """Milliseconds of one attention for every way that can run it here; empty on a CPU, which has but one.
+
+    By turns, each for long enough to heat the chip: timed one after the other, the first would win by its clock. As
+    graphs, since a step launches nothing by itself.
+    """
     if not device.startswith("cuda"):
         return {}
-    return backends.milliseconds(*attention_shape(config, key), device, DTYPES[dtype])
+    runs: dict[str, stopwatch.Run] = {}
+    for name, run in _attention(device, dtype).ways(_qkv(config, key, device, dtype)).items():
+        try:
+            runs[name] = Captured(run)
+        except FAULTS:
+            raise
+        except Exception:  # installed, but not for this shape or this GPU
+            continue
+    times = stopwatch.interleaved(runs, device, _TURN_S)
+    return {name: stopwatch.milliseconds(each) for name, each in times.items()}
 
 
 def products_run(config: FluxConfig, key: ShapeKey, device: str, dtype: str) -> Callable[[], object]:
@@ -77,30 +94,28 @@ def products_run(config: FluxConfig, key: ShapeKey, device: str, dtype: str) -> 
         for x, weight, bias in layers:
             F.linear(x, weight, bias)
 
-    return _Captured(run) if device.startswith("cuda") else run
+    return Captured(run) if device.startswith("cuda") else run
 
 
-def attention_run(config: FluxConfig, key: ShapeKey, device: str, dtype: str, backend: str) -> Callable[[], object]:
-    """A call that does the attentions of one step."""
-    batch, tokens, heads, head_dim = attention_shape(config, key)
-    qkv = torch.randn(batch, tokens, 3, heads, head_dim, device=device, dtype=DTYPES[dtype])
+def attention_run(config: FluxConfig, key: ShapeKey, device: str, dtype: str, way: str) -> Callable[[], object]:
+    """A call that does the attentions of one step, each by the same `way`: a name of `attention_ms`, or "sdpa"."""
+    qkv = _qkv(config, key, device, dtype)
+    attend = _attention(device, dtype).ways(qkv)[way]
 
     def run() -> None:
         for _ in range(config.num_layers + config.num_single_layers):
-            backends.attention(qkv, backend)
+            attend()
 
-    return _Captured(run) if device.startswith("cuda") else run
+    return Captured(run) if device.startswith("cuda") else run
 
 
-class _Captured:
-    """A CUDA graph of `run`, which it keeps, for the tensors the graph reads: launching is no part of the floor."""
+def _attention(device: str, dtype: str) -> Attention:
+    return Attention("auto" if device.startswith("cuda") else "sdpa", Tuner(device), device, DTYPES[dtype])
 
-    def __init__(self, run: Callable[[], object]) -> None:
-        self._run = run
-        self._graph, _ = capture(run)
 
-    def __call__(self) -> None:
-        self._graph.replay()
+def _qkv(config: FluxConfig, key: ShapeKey, device: str, dtype: str) -> Tensor:
+    batch, tokens, heads, head_dim = attention_shape(config, key)
+    return torch.randn(batch, tokens, 3, heads, head_dim, device=device, dtype=DTYPES[dtype])
 
 
 def _image_tokens(key: ShapeKey) -> int:

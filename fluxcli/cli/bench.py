@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from fluxcli.cli.options import TEXT_LENGTHS, json_output, machine_options, verbosity
-from fluxcli.cli.settings import checkpoint_of, load_engine, say
+from fluxcli.cli.settings import checkpoint_of, engine_settings, load_engine, say
 from fluxcli.cli.types import MOST_IMAGES, Numbers, Size
 from fluxcli.core import config
 
@@ -54,11 +54,10 @@ def bench(
     from fluxcli.bench import table
     from fluxcli.bench.bench import Bench
     from fluxcli.core.records import ShapeKey
-    from fluxcli.engine.runtime import device
     from fluxcli.job.output import images
 
     checkpoint = checkpoint_of(options["model"], options["revision"])
-    engine_config = device.resolve(options["device"], options["dtype"], options["compile"], options["attention"])
+    engine_config = engine_settings(options)
     defaults = checkpoint.row_defaults()
     keys = [
         ShapeKey(batch_size, height, width, length)

@@ -51,18 +51,26 @@ def batch_sizes(given: int | str, checkpoint: "Checkpoint", engine_config: confi
     """--batch-size as the planner takes it."""
     if isinstance(given, int):
         return given
-    from fluxcli.engine.batching import BatchSizes
+    from fluxcli.engine.memory import LargestBatch
 
-    return BatchSizes(checkpoint, engine_config)
+    return LargestBatch(checkpoint, engine_config)
 
 
 def settings(options: dict[str, Any]) -> tuple["Checkpoint", config.EngineConfig, config.RowDefaults]:
     """What the shared options mean here, every "auto" and default settled."""
+    checkpoint = checkpoint_of(options["model"], options["revision"])
+    engine_config = engine_settings(options)
+    return checkpoint, engine_config, _row_defaults(checkpoint, options)
+
+
+def engine_settings(options: dict[str, Any]) -> config.EngineConfig:
+    """Raises DeviceError for what is not there: before anything is read or loaded."""
+    from fluxcli.engine.attention import backends
     from fluxcli.engine.runtime import device
 
-    checkpoint = checkpoint_of(options["model"], options["revision"])
-    engine_config = device.resolve(options["device"], options["dtype"], options["compile"], options["attention"])
-    return checkpoint, engine_config, _row_defaults(checkpoint, options)
+    settled = device.resolve(options["device"], options["dtype"], options["compile"], options["attention"])
+    backends.check(settled.attention, settled.device, device.DTYPES[settled.dtype])
+    return settled
 
 
 def _row_defaults(checkpoint: "Checkpoint", options: dict[str, Any]) -> config.RowDefaults:

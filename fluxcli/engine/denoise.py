@@ -1,6 +1,6 @@
-"""Noise, the sigma schedule, pack and unpack, and the Euler step: FLUX's sampler as FluxPipeline runs it."""
+"""FLUX's sampler as FluxPipeline runs it: noise, pack and unpack, the sigma schedule, the Euler step, and the loop."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +9,8 @@ from torch import Tensor
 
 from fluxcli.core.errors import ModelError
 from fluxcli.models.checkpoints import read_json
+
+StepFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (img, txt, mod, dt) -> img
 
 PATCH = 2  # latent pixels along a side of one image token
 
@@ -72,6 +74,14 @@ class Schedule:
 def euler_step(img: Tensor, velocity: Tensor, dt: Tensor) -> Tensor:
     """img + dt * velocity, in float32, rounded to img's dtype. dt is a float32 scalar: the next sigma less this one."""
     return (img.float() + dt * velocity.float()).to(img.dtype)
+
+
+def denoise(step: StepFunction, img: Tensor, txt: Tensor, steps: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """img [B, I, C] after every step's (mod, dt): the one loop, whether `step` is captured or not. The result is the
+    step's own memory, good until it runs again."""
+    for mod, dt in steps:
+        img = step(img, txt, mod, dt)
+    return img
 
 
 def stack_noise(seeds: Sequence[int], channels: int, height: int, width: int, dtype: torch.dtype) -> Tensor:

@@ -23,7 +23,7 @@ import torch
 
 from fluxcli.core.config import EngineConfig
 from fluxcli.core.errors import OutOfMemory
-from fluxcli.core.records import ShapeKey
+from fluxcli.core.records import Group, ShapeKey
 from fluxcli.engine.nets.flux1 import FluxConfig
 from fluxcli.engine.runtime.device import DTYPES
 from fluxcli.engine.text import TEXT_BATCH
@@ -36,6 +36,7 @@ MODULATION_ROWS = 512
 _TOKEN = 14  # 11.7 between batches of 8 and 16 at 1024x1024
 _TEXT = 4
 _PIXEL = 800  # per byte of the dtype; 768 at 1024x1024 and at 2048x2048
+MOST_IMAGES = 16  # larger batches gain nothing more at 1024x1024
 _CONTEXT = 2**30  # the embeddings kept, libraries' workspaces, the allocator's rounding
 
 
@@ -113,6 +114,28 @@ def plan(
         f"{largest.text_length} text tokens needs {_gb(needed)} in {config.dtype}, T5 on the host, and {_gb(there)} of "
         f"{config.device} are free; use a GPU with more memory or smaller pictures"
     )
+
+
+class LargestBatch:
+    """Group -> the largest power of two, up to `MOST_IMAGES`, of images that fit: `--batch-size auto`."""
+
+    def __init__(self, checkpoint: Checkpoint, config: EngineConfig) -> None:
+        self._needs = None
+        if config.device.startswith("cuda"):
+            self._needs, self._free = Needs(checkpoint, DTYPES[config.dtype]), free(config.device)
+
+    def __call__(self, group: Group) -> int:
+        if self._needs is None:
+            return MOST_IMAGES
+        # A T5 that only visits costs more than batches gain, so it stays wherever one image fits beside it.
+        for visiting in (False, True):
+            size = MOST_IMAGES
+            while size:
+                shape = ShapeKey(size, group.height, group.width, group.text_length)
+                if self._needs.weights(visiting) + self._needs.shapes([shape]) <= self._free:
+                    return size
+                size //= 2
+        return 1  # the engine will refuse it and say why
 
 
 def free(device: str) -> int:

@@ -2,14 +2,18 @@
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fluxcli.engine.runtime.graphs import Pool, capture
+from fluxcli.engine.runtime.graphs import Captured
 from fluxcli.engine.weights.fill import load_part
 from fluxcli.models.checkpoints import Checkpoint
 from fluxcli.models.tokenizers import Tokenizers
+
+if TYPE_CHECKING:
+    from fluxcli.engine.runtime.graphs import Pool
 
 # Prompts encoded at once, padded with copies: always as many, so that a prompt's embedding depends on no neighbour and
 # on no batch size, and one captured graph serves a text length.
@@ -31,19 +35,20 @@ class TextEncoders:
         self._tokenizers = Tokenizers(checkpoint.tokenizers)
         self._clip = load_part(checkpoint, "text_encoder", device, dtype)
         self._t5 = load_part(checkpoint, "text_encoder_2", device, dtype, "encoder.block" if visiting else None)
-        self._graphs: dict[int, _TextGraph] = {}
+        self._captured: dict[int, Captured[tuple[Tensor, Tensor]]] = {}
 
-    def capture(self, length: int, pool: Pool) -> None:
-        if length not in self._graphs:
-            self._graphs[length] = _TextGraph(self, *self._ids(["a prompt"] * TEXT_BATCH, length), pool)
+    def capture(self, length: int, pool: "Pool") -> None:
+        if length not in self._captured:
+            ids = self._ids(["a prompt"] * TEXT_BATCH, length)
+            self._captured[length] = Captured(self.encode, *ids, pool=pool)
 
     def __call__(self, prompts: Sequence[str], length: int) -> Iterator[tuple[str, Embedding]]:
         """(prompt, (txt [L, width], vec [width])) of each prompt."""
-        graph = self._graphs.get(length)
+        encode = self._captured.get(length, self.encode)
         for start in range(0, len(prompts), TEXT_BATCH):
             part = list(prompts[start : start + TEXT_BATCH])
             ids = self._ids(part + part[-1:] * (TEXT_BATCH - len(part)), length)
-            txt, vec = graph.run(*ids) if graph else self.encode(*ids)
+            txt, vec = encode(*ids)
             yield from zip(part, zip(txt, vec, strict=True), strict=False)  # without the copies
 
     def encode(self, t5_ids: Tensor, clip_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,21 +66,6 @@ class TextEncoders:
             return ids
         t5, clip = (each.pin_memory().to(self._device, non_blocking=True) for each in ids)
         return t5, clip
-
-
-class _TextGraph:
-    """Both encoders at one text length, captured."""
-
-    def __init__(self, text: TextEncoders, t5_ids: Tensor, clip_ids: Tensor, pool: Pool) -> None:
-        self._t5_ids, self._clip_ids = t5_ids, clip_ids
-        self._graph, self._out = capture(lambda: text.encode(t5_ids, clip_ids), pool)
-
-    def run(self, t5_ids: Tensor, clip_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """As `TextEncoders.encode`. The result is the graph's own, good until any graph of its pool runs."""
-        self._t5_ids.copy_(t5_ids)
-        self._clip_ids.copy_(clip_ids)
-        self._graph.replay()
-        return self._out
 
 
 class EmbeddingCache:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fluxcli.engine.layers.ops import add_biased, group_norm_silu
+from fluxcli.engine.layers.groupnorm import add_biased, group_norm_silu
 from fluxcli.engine.weights.fill import load_part
 from fluxcli.models.checkpoints import Checkpoint
 

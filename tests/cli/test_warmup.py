@@ -90,7 +90,7 @@ def fill(made: CompileCache) -> None:
     for package in SHARED:
         (made.directory.parents[2] / package).mkdir()
         (made.directory.parents[2] / package / "forward.o").write_bytes(package.encode())
-    made.add("attention.json", {"1x128x2x32": "sdpa", "2x128x2x32": "sdpa"})
+    made.add("choices.json", {"1x128x2x32": "sdpa", "2x128x2x32": "sdpa"})
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_cache_arrives_whole_elsewhere(exported: Path, inside, tmp_path: Path, monkeypatch) -> None:
     here = cache(tmp_path / "here", monkeypatch)
-    here.add("attention.json", {"2x128x2x32": "fa4", "4x128x2x32": "fa4"})
+    here.add("choices.json", {"2x128x2x32": "fa4", "4x128x2x32": "fa4"})
     done = inside("warmup", "-m", "tiny", "--import", exported, "--json")
     assert done.returncode == 0, done.stderr
     assert done.json["imported"] == 5
@@ -111,8 +111,8 @@ def test_a_cache_arrives_whole_elsewhere(exported: Path, inside, tmp_path: Path,
     assert (kernel / "gelu.cubin").read_bytes() == bytes(range(256))
     listed = json.loads((kernel / "__grp__gelu.json").read_text())
     assert listed == {"child_paths": {"gelu.cubin": str(kernel / "gelu.cubin")}}
-    choices = {name: here.attention(f"{name}x128x2x32") for name in "124"}
-    assert choices == {"1": "sdpa", "2": "sdpa", "4": "fa4"}
+    expected = {"1x128x2x32": "sdpa", "2x128x2x32": "sdpa", "4x128x2x32": "fa4"}
+    assert here.read("choices.json") == expected
     assert all(files(tmp_path / "here")[f"{package}/forward.o"] == package.encode() for package in SHARED)
     assert len(files(tmp_path / "here")) == 5
 

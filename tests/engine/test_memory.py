@@ -9,10 +9,10 @@ import torch
 
 from fluxcli.core.config import EngineConfig
 from fluxcli.core.errors import OutOfMemory
-from fluxcli.core.records import Batch, ShapeKey
+from fluxcli.core.records import Batch, Group, ShapeKey
 from fluxcli.engine import memory
 from fluxcli.engine.engine import Engine
-from fluxcli.engine.memory import MemoryPlan, Needs, plan
+from fluxcli.engine.memory import LargestBatch, MemoryPlan, Needs, plan
 from fluxcli.engine.runtime.device import resolve as resolve_device
 from fluxcli.engine.weights import fill
 from fluxcli.models.checkpoints import resolve
@@ -66,6 +66,27 @@ def test_a_shape_needs_more_the_larger_it_is_and_smaller_ones_beside_it_hardly_m
     needs = flux().shapes
     assert needs([ONE]) < needs([ShapeKey(1, 2048, 1024, 512)]) < needs([ShapeKey(8, 2048, 1024, 512)])
     assert needs([EIGHT]) <= needs([EIGHT, ONE]) < 1.1 * needs([EIGHT])
+
+
+def largest(gigabytes: float, monkeypatch: pytest.MonkeyPatch) -> LargestBatch:
+    monkeypatch.setattr(memory, "free", lambda device: int(gigabytes * 1e9))
+    return LargestBatch(resolve("random:flux-dev"), GPU)
+
+
+def room(images: int, visiting: bool = False) -> float:
+    """Gigabytes that so many images of 1024x1024 just fit."""
+    return (flux().weights(visiting) + flux().shapes([ONE._replace(batch_size=images)])) / 1e9 + 0.01
+
+
+def test_an_automatic_batch_is_the_largest_that_fits_up_to_16(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = Group(1024, 1024, 512, 28)
+    for size in (1, 2, 4, 8, 16):
+        assert largest(room(size), monkeypatch)(group) == size
+    assert largest(room(2) - 0.1, monkeypatch)(group) == 1
+    assert largest(1000, monkeypatch)(group) == 16
+    assert largest(room(4, visiting=True), monkeypatch)(group) == 4  # beside a T5 that visits
+    assert largest(10, monkeypatch)(group) == 1  # the engine will refuse it and say why
+    assert LargestBatch(resolve("tiny"), EngineConfig("cpu", "float32", False))(group) == 16
 
 
 def test_nothing_is_planned_on_a_cpu_or_for_no_shapes() -> None:

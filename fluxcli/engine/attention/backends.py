@@ -1,4 +1,4 @@
-"""Which attention runs: what is installed, what can run here, and the one call the blocks make.
+"""Softmax attention: the plain reference, and which of the installed libraries runs it on CUDA.
 
 sdpa    torch's own choice; the only one on a CPU
 cudnn   cuDNN through torch
@@ -9,8 +9,9 @@ fa2     FlashAttention-2, package flash-attn
 
 import importlib
 import inspect
-from collections.abc import Callable
-from functools import cache, partial
+import warnings
+from collections.abc import Callable, Mapping
+from functools import partial
 from importlib import metadata
 from typing import Any
 
@@ -20,142 +21,161 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fluxcli.core.config import ATTENTION
-from fluxcli.core.errors import DeviceError
-from fluxcli.engine.runtime import stopwatch, tuner
+from fluxcli.core.errors import DeviceError, Remark
 from fluxcli.engine.runtime.compile_cache import share_cute_caches, version
-from fluxcli.engine.runtime.graphs import capture
-from fluxcli.engine.runtime.tuner import FAULTS
+from fluxcli.engine.runtime.tuner import FAULTS, Tuner
 
-_CANNOT = (RuntimeError, AssertionError, NotImplementedError)  # how the kernels say that a shape is not theirs
-_TURN_S = 0.05
+Attend = Callable[[Tensor], Tensor]  # qkv [B, S, 3, H, Dh] -> [B, S, H, Dh], contiguous, same dtype
+
 _HOPPER = 9
-_ITS_OWN = "fa4"
 # Tiles [queries, keys] on Hopper, and what goes with them. Beside its own choice, 128x128, the two that were fastest
 # somewhere, at 1024x1024: one at batch 1; one, whose softmax passes through shared memory, at batch 16.
 _FA4_TILES: dict[str, dict[str, Any]] = {
-    _ITS_OWN: {},
+    "fa4": {},
     "fa4 128x144": {"tile_mn": (128, 144)},
     "fa4 192x128": {"tile_mn": (192, 128), "num_threads": 512, "mma_pv_is_rs": False},
 }
-_FLASH_MODULES = {"fa4": "flash_attn.cute", "fa3": "flash_attn_interface", "fa2": "flash_attn"}
-_FLASH_PACKAGES = ("flash-attn-4", "flash-attn-3", "flash-attn")
+# Module and package of each.
+_FLASH = {
+    "fa4": ("flash_attn.cute", "flash-attn-4"),
+    "fa3": ("flash_attn_interface", "flash-attn-3"),
+    "fa2": ("flash_attn", "flash-attn"),
+}
 
 
-def attention(qkv: Tensor, backend: str) -> Tensor:
-    """Softmax attention over everything. qkv [B, S, 3, H, Dh] -> [B, S, H, Dh], contiguous, same dtype."""
+def sdpa(qkv: Tensor) -> Tensor:
+    """The reference: attention of everything to everything by torch's own choice. qkv [B, S, 3, H, Dh] -> [B, S, H,
+    Dh], contiguous."""
+    q, k, v = (each.transpose(1, 2) for each in qkv.unbind(2))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).contiguous()
+
+
+def cudnn(qkv: Tensor) -> Tensor:
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return sdpa(qkv)
+
+
+class Attention:
+    """An `Attend` on CUDA: the backend that was asked for, or the fastest for each shape, as the tuner found it.
+
+    Args:
+        backend: a name of `ATTENTION`, or "auto".
+
+    Raises:
+        DeviceError: the backend that was asked for cannot run here at any shape.
+    """
+
+    def __init__(self, backend: str, tuner: Tuner, device: str, dtype: torch.dtype) -> None:
+        self._backend, self._tuner = backend, tuner
+        self._ways: dict[str, Attend] = {}
+        for name in ATTENTION if backend == "auto" else (backend,):
+            try:
+                self._ways |= _ways(name, device, dtype)
+            except _Missing as error:
+                if backend != "auto":
+                    raise DeviceError(f"--attention {backend}: {error}; use --attention auto") from error
+                if error.told:
+                    warnings.warn(f"{name} attention is left out: {error}", Remark, stacklevel=2)
+        if "sdpa" in self._ways:  # the one that surely runs comes first
+            self._ways = {"sdpa": self._ways.pop("sdpa"), **self._ways}
+        self._here = ", ".join(dict.fromkeys(map(_release, self._ways)))
+        self._latest = next(iter(self._ways))
+
+    def __call__(self, qkv: Tensor) -> Tensor:
+        problem = self._problem(qkv)
+        attended = self._tuner.run(problem, self.ways(qkv))
+        self._latest = self._tuner.table.get(problem, self._latest)
+        return attended
+
+    def ways(self, qkv: Tensor) -> Mapping[str, Callable[[], Tensor]]:
+        """Every way there is here, for those who measure them; names begin with a backend's."""
+        return {name: partial(attend, qkv) for name, attend in self._ways.items()}
+
+    @property
+    def latest(self) -> str:
+        """The backend that ran last."""
+        return self._latest.partition(" ")[0]
+
+    def require(self, batch: int, tokens: int, heads: int, head_dim: int, device: str, dtype: torch.dtype) -> None:
+        """Raises DeviceError where a backend that was asked for cannot run this shape; the device's own failures
+        pass."""
+        if self._backend == "auto":
+            return
+        qkv = torch.randn(batch, tokens, 3, heads, head_dim, device=device, dtype=dtype)
+        try:
+            next(iter(self._ways.values()))(qkv)
+        except FAULTS:
+            raise
+        except Exception as error:
+            raise DeviceError(
+                f"--attention {self._backend}: cannot run {heads} heads of {head_dim} over {tokens} tokens here: "
+                f"{str(error).strip().partition(chr(10))[0]}; use --attention auto"
+            ) from error
+
+    def _problem(self, qkv: Tensor) -> str:
+        shape = "x".join(map(str, (*qkv.shape, qkv.stride(1))))
+        return f"attention {str(qkv.dtype).removeprefix('torch.')} {shape}; {self._here}"
+
+
+def check(backend: str, device: str, dtype: torch.dtype) -> None:
+    """Raises DeviceError for an explicit choice that cannot run here at any shape: it is never quietly another."""
+    if backend != "auto" and not (backend == "sdpa" and not device.startswith("cuda")):
+        Attention(backend, Tuner(device), device, dtype)
+
+
+class _Missing(Exception):
+    """Why a backend cannot run here at any shape. `told`: it is installed, and ought to."""
+
+    def __init__(self, reason: str, told: bool = False) -> None:
+        super().__init__(reason)
+        self.told = told
+
+
+def _ways(backend: str, device: str, dtype: torch.dtype) -> dict[str, Attend]:
+    """The ways that a backend has here, its own choice first."""
     if backend == "sdpa":
-        return _sdpa(qkv)
+        return {"sdpa": sdpa}
+    if not device.startswith("cuda"):
+        raise _Missing("it needs a CUDA GPU")
+    if dtype not in (torch.bfloat16, torch.float16):
+        raise _Missing(f"it needs bfloat16 or float16, not {str(dtype).removeprefix('torch.')}")
     if backend == "cudnn":
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            return _sdpa(qkv)
-    if backend == "fa4" and (tiles := _fa4_tiles(qkv.device)):
-        return _fa4(qkv, tiles)
-    result = _flash(backend)(*qkv.unbind(2))
+        if not torch.backends.cudnn.is_available():
+            raise _Missing("torch has no cuDNN here")
+        return {"cudnn": cudnn}
+    module, package = _FLASH[backend]
+    share_cute_caches()
+    try:
+        function = importlib.import_module(module).flash_attn_func
+        tiles = _fa4_tiles(device) if backend == "fa4" else {}
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
+        raise _Missing(f"its package cannot be imported ({reason})", version(package) is not None) from error
+    return tiles or {backend: partial(_flash, function)}
+
+
+def _flash(function: Callable[..., Tensor | tuple[Tensor, ...]], qkv: Tensor) -> Tensor:
+    result = function(*qkv.unbind(2))
     return result[0] if isinstance(result, tuple) else result
 
 
-def _fa4(qkv: Tensor, tiles: dict[str, Callable[..., tuple[Tensor, ...]]]) -> Tensor:
-    def run(name: str) -> Tensor:
-        return tiles[name](*qkv.unbind(2))[0]
-
-    shape = "x".join(map(str, (*qkv.shape, qkv.stride(1))))
-    problem = f"fa4 {str(qkv.dtype).removeprefix('torch.')} {shape}; {_fa4_release()}"
-    chosen = tuner.fastest(problem, lambda: {name: partial(run, name) for name in tiles}, qkv.device)
-    return run(chosen or _ITS_OWN)
-
-
-@cache
-def _fa4_release() -> str:
-    return metadata.version("flash-attn-4")
-
-
-@cache
-def _fa4_tiles(device: torch.device) -> dict[str, Callable[..., tuple[Tensor, ...]]]:
+def _fa4_tiles(device: str) -> dict[str, Attend]:
     """FlashAttention-4 with each of the tiles; none where its release or this GPU leaves no choice."""
-    share_cute_caches()
     forward = getattr(importlib.import_module("flash_attn.cute.interface"), "_flash_attn_fwd", None)
     settings = {name for tile in _FA4_TILES.values() for name in tile}
     if torch.cuda.get_device_capability(device)[0] != _HOPPER or forward is None:
         return {}
     if not settings <= inspect.signature(forward).parameters.keys():
         return {}
-    return {name: partial(forward, **tile) for name, tile in _FA4_TILES.items()}
+    return {name: partial(_flash, partial(forward, **tile)) for name, tile in _FA4_TILES.items()}
 
 
-def _sdpa(qkv: Tensor) -> Tensor:
-    q, k, v = (each.transpose(1, 2) for each in qkv.unbind(2))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).contiguous()
-
-
-@cache
-def _flash(backend: str) -> Callable[..., Tensor | tuple[Tensor, ...]]:
-    share_cute_caches()
-    function: Callable[..., Tensor | tuple[Tensor, ...]]
-    function = importlib.import_module(_FLASH_MODULES[backend]).flash_attn_func
-    return function
-
-
-def missing(backend: str, device: str, dtype: torch.dtype) -> str | None:
-    """Why `backend` cannot run here at any shape; None where it may."""
-    if backend == "sdpa":
-        return None
-    if not device.startswith("cuda"):
-        return "it needs a CUDA GPU"
-    if dtype not in (torch.bfloat16, torch.float16):
-        return f"it needs bfloat16 or float16, not {str(dtype).removeprefix('torch.')}"
-    if backend == "cudnn":
-        return None if torch.backends.cudnn.is_available() else "torch has no cuDNN here"
+def _release(way: str) -> str:
+    """Of a way's backend, for the name of a problem: where another is there, the choice is made anew."""
+    backend = way.partition(" ")[0]
+    if backend not in _FLASH:
+        return backend
     try:
-        _flash(backend)
-    except (ImportError, AttributeError) as error:
-        return f"its package cannot be imported ({error})"
-    return None
-
-
-def check(backend: str, device: str, dtype: torch.dtype) -> None:
-    """An explicit choice that cannot run is an error, never quietly another backend."""
-    if backend != "auto" and (reason := missing(backend, device, dtype)):
-        raise DeviceError(f"--attention {backend}: {reason}; use --attention auto")
-
-
-def comparison(*shape: int) -> str:
-    """A name for `milliseconds` of this shape: with all that decides which backend is fastest on one machine."""
-    releases = [f"{package} {release}" for package in _FLASH_PACKAGES if (release := version(package))]
-    return "; ".join(["x".join(map(str, shape)), *releases])
-
-
-def milliseconds(
-    batch: int, tokens: int, heads: int, head_dim: int, device: str, dtype: torch.dtype
-) -> dict[str, float]:
-    """Time of one attention at this shape, for every backend that runs it, on random data.
-
-    By turns, each for long enough to heat the chip: timed one after the other, the first would win by its clock. As
-    graphs, since a step launches nothing by itself.
-    """
-    qkv = torch.randn(batch, tokens, 3, heads, head_dim, device=device, dtype=dtype)
-    runs: dict[str, stopwatch.Run] = {}
-    for backend in ATTENTION:
-        if missing(backend, device, dtype) is None:
-            run = partial(attention, qkv, backend)
-            try:
-                run()
-            except FAULTS:
-                raise
-            except _CANNOT:
-                continue  # installed, but not for this shape or this GPU
-            runs[backend] = capture(run)[0].replay
-    times = stopwatch.interleaved(runs, device, _TURN_S)
-    return {backend: stopwatch.milliseconds(each) for backend, each in times.items()}
-
-
-def require(backend: str, batch: int, tokens: int, heads: int, head_dim: int, device: str, dtype: torch.dtype) -> None:
-    """Raises DeviceError where `backend` cannot run this shape; the device's own failures pass."""
-    try:
-        attention(torch.randn(batch, tokens, 3, heads, head_dim, device=device, dtype=dtype), backend)
-    except FAULTS:
-        raise
-    except _CANNOT as error:
-        raise DeviceError(
-            f"--attention {backend}: cannot run {heads} heads of {head_dim} over {tokens} tokens here: "
-            f"{str(error).strip().splitlines()[0]}; use --attention auto"
-        ) from error
+        return f"{backend} {metadata.version(_FLASH[backend][1])}"
+    except metadata.PackageNotFoundError:
+        return backend

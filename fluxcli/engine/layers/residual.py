@@ -1,31 +1,37 @@
-"""A stream of tokens whose last update is still to be added."""
+"""The residual stream: a stream of tokens whose last update is still to be added."""
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-HALF_MAX = 65504.0  # the largest float16; the residual stream of FLUX leaves it now and then, and is clipped
+from fluxcli.engine.layers.norm import Modulation, add_and_modulate, gated_sum
 
 
-class Pending(NamedTuple):
-    """A stream [B, S, D]: its value is x + gate * update.
+class Residual(NamedTuple):
+    """A stream [B, S, D] of the value x + gate * update.
 
-    The next norm adds it on its way, so that the stream crosses memory once where it would twice. gate [B, D] and
-    update [B, S, D] are None where nothing is pending.
+    The next norm adds the update on its way, so that the stream crosses memory once where it would twice. gate [B, D]
+    and update [B, S, D] are None where nothing is to be added.
     """
 
     x: Tensor
     gate: Tensor | None = None
     update: Tensor | None = None
 
-    def tail(self, first: int) -> "Pending":
-        """The tokens from `first` on."""
-        return Pending(self.x[:, first:], self.gate, None if self.update is None else self.update[:, first:])
+    def add(self, gate: Tensor | None, update: Tensor) -> "Residual":
+        """The stream with gate * update on top, to be added by the next norm. Nothing may be left to add before."""
+        assert self.update is None, "an update would be lost"
+        return Residual(self.x, gate, update)
 
-    def settle(self) -> Tensor:
-        """The stream's value [B, S, D]."""
-        if self.gate is None or self.update is None:
-            return self.x
-        total = self.x + self.gate[:, None] * self.update
-        return total.clip(-HALF_MAX, HALF_MAX) if total.dtype == torch.float16 else total
+    def norm(self, modulation: Modulation) -> tuple["Residual", Tensor]:
+        """The stream with nothing left to add, and its modulated LayerNorm [B, S, D]."""
+        total, normed = add_and_modulate(self.x, self.gate, self.update, modulation.shift, modulation.scale)
+        return Residual(total), normed
+
+    def tail(self, first: int) -> "Residual":
+        """The tokens from `first` on."""
+        return Residual(self.x[:, first:], self.gate, None if self.update is None else self.update[:, first:])
+
+    def value(self) -> Tensor:
+        """[B, S, D]."""
+        return self.x if self.gate is None or self.update is None else gated_sum(self.x, self.gate, self.update)

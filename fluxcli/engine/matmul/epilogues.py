@@ -1,5 +1,5 @@
-"""What quack-kernels does with a product's sums before they leave the chip, value by value and in float32. Imported
-where that package is installed; `pingpong` runs them."""
+"""What quack-kernels does with a matmul's sums before they leave the chip, value by value and in float32. Imported
+where that package is installed; `quack` runs them."""
 
 from typing import Any
 

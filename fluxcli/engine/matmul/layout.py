@@ -1,8 +1,8 @@
-"""How tensors lie in memory, as far as a matrix product cares."""
+"""How tensors lie in memory, as far as a matmul cares."""
 
 from torch import Tensor
 
-_MOST = 256  # bytes; the most that cuBLASLt asks about
+_MOST = 256  # bytes; the most that any backend asks about
 
 
 def adjacent(x: Tensor) -> bool:
@@ -18,3 +18,9 @@ def alignment(*tensors: Tensor | None) -> int:
             strides = (tensor.element_size() * each for each in tensor.stride()[:-1])
             least = min([least, *(each & -each for each in (tensor.data_ptr(), *strides) if each)])
     return least
+
+
+def neighbours(a: Tensor, b: Tensor) -> bool:
+    """Whether b follows a in memory, so that both are parts of one tensor, split along its first dimension."""
+    together = a.data_ptr() + a.shape[0] * a.stride(0) * a.element_size() == b.data_ptr()
+    return together and a.stride() == b.stride() and a.shape[1:] == b.shape[1:] and a.dtype == b.dtype

@@ -1,9 +1,8 @@
-"""The FLUX.1 denoiser: 19 dual-stream and 38 single-stream blocks that predict the velocity of image latents.
+"""The FLUX.1 denoiser: 19 double-stream and 38 single-stream blocks that predict the velocity of image latents.
 
-Names and layout follow the diffusers checkpoint, with differences made where weights load (`slots`). Layers over one
-input are one layer: query, key and value of a stream, with the MLP's first in a single block; and the modulation layers
-of all blocks, done once per batch rather than in every step. The residual stream travels as `Pending`: a block's last
-update is added by the norm of the next.
+Names follow Black Forest Labs' model; which tensors of a checkpoint fill which layer is `models.flux1.names`' to say.
+Layers over one input are one layer: query, key and value of a stream, with the MLP's first in a single-stream block;
+and the modulation layers of all blocks, done once per batch rather than in every step.
 
 Shapes: B batch, L text tokens, I image tokens, S = L + I, D = heads * head dim, H heads.
 """
@@ -17,28 +16,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fluxcli.core.errors import ModelError
-from fluxcli.engine.attention.backends import attention
-from fluxcli.engine.layers.ops import (
-    add_and_modulate,
-    linear,
-    linear_and_gelu,
-    linear_gelu,
-    linear_joined,
-    linear_of_two,
-    qk_norm_rope,
-    timestep_embedding,
-)
-from fluxcli.engine.layers.residual import Pending
+from fluxcli.engine.attention.backends import Attend
+from fluxcli.engine.layers.embedding import MLPEmbedder, timestep_embedding
+from fluxcli.engine.layers.linear import MLP, Linear, LinearOfTwo, LinearToTwo, joined
+from fluxcli.engine.layers.norm import Modulation
+from fluxcli.engine.layers.residual import Residual
+from fluxcli.engine.layers.rope import QKNorm, Rope, qk_norm_rope_
+from fluxcli.engine.matmul.gemm import Multiply
+from fluxcli.models.flux1.names import Names, diffusers
 
 MLP_RATIO = 4  # fixed in FLUX.1; the config does not carry it
 TIME_CHANNELS = 256  # likewise: sinusoids of the timestep and guidance embeddings
 ROPE_THETA = 10_000  # likewise
-DUAL_MODULATIONS = 6  # per stream: shift, scale, gate of attention, then of the MLP
-SINGLE_MODULATIONS = 3  # shift, scale, gate
-FINAL_MODULATIONS = 2  # scale, shift: in this order in the checkpoint
 
 Slots = Iterator[tuple[str, Tensor]]  # (name in the checkpoint, where its values go)
-Rope = tuple[Tensor, Tensor]  # cos, sin [S, Dh / 2]
 
 
 @dataclass(frozen=True)
@@ -83,155 +74,114 @@ class FluxConfig:
     @property
     def modulations(self) -> int:
         """Modulation vectors [D] of one step, all blocks together."""
-        return self.num_layers * 2 * DUAL_MODULATIONS + self.num_single_layers * SINGLE_MODULATIONS + FINAL_MODULATIONS
+        return self.num_layers * 2 * 6 + self.num_single_layers * 3 + 2
 
 
-class Linear(nn.Module):
-    """A linear layer whose memory is not initialised: the strict load fills every element."""
+@dataclass(frozen=True)
+class Step:
+    """What every block of one denoising step reads: the rotary tables of all S positions, and the attention."""
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    pe: Rope
+    attend: Attend
+
+
+@dataclass(frozen=True)
+class DoubleModulation:
+    """One stream's of a double-stream block."""
+
+    attn: Modulation
+    mlp: Modulation
+
+    @classmethod
+    def of(cls, mod: Tensor) -> "DoubleModulation":
+        """From [B, 6, D]: shift, scale and gate of the attention, then of the MLP."""
+        return cls(Modulation(*mod[:, :3].unbind(1)), Modulation(*mod[:, 3:].unbind(1)))
+
+
+class SelfAttention(nn.Module):
+    """The projections and norms around a double-stream block's joint attention, of one stream."""
+
+    def __init__(self, dim: int, head_dim: int, multiply: Multiply) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
-        self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
-
-    def slots(self, *names: str, rows: tuple[int, ...] | None = None) -> Slots:
-        """The layer's slots under one checkpoint name, or its output rows shared out among several."""
-        sizes = rows or (self.weight.shape[0] // len(names),) * len(names)
-        for name, weight, bias in zip(names, self.weight.split(sizes), self.bias.split(sizes), strict=True):
-            yield f"{name}.weight", weight
-            yield f"{name}.bias", bias
-
-
-class QKNorm(nn.Module):
-    """The weights of the RMSNorms over queries and keys."""
-
-    def __init__(self, head_dim: int) -> None:
-        super().__init__()
-        self.query = nn.Parameter(torch.empty(head_dim), requires_grad=False)
-        self.key = nn.Parameter(torch.empty(head_dim), requires_grad=False)
-
-
-class Embedder(nn.Module):
-    """Linear, SiLU, Linear."""
-
-    def __init__(self, in_features: int, dim: int) -> None:
-        super().__init__()
-        self.linear_1 = Linear(in_features, dim)
-        self.linear_2 = Linear(dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear_2(F.silu(self.linear_1(x)))
-
-    def slots(self, name: str) -> Slots:
-        yield from self.linear_1.slots(f"{name}.linear_1")
-        yield from self.linear_2.slots(f"{name}.linear_2")
-
-
-class Stream(nn.Module):
-    """One stream, image or text, of a dual block: its projections around the joint attention, and its MLP."""
-
-    def __init__(self, dim: int, head_dim: int) -> None:
-        super().__init__()
-        self.qkv = Linear(dim, 3 * dim)
+        self.qkv = Linear(dim, 3 * dim, multiply)
         self.norm = QKNorm(head_dim)
-        self.out = Linear(dim, dim)
-        self.mlp_up = Linear(dim, MLP_RATIO * dim)
-        self.mlp_down = Linear(MLP_RATIO * dim, dim)
-
-    def finish(self, x: Tensor, attended: Tensor, mod: Tensor) -> Pending:
-        """The stream's value x with the attention's output [B, S, D] added, and the MLP's still to add."""
-        gate, mlp_shift, mlp_scale, mlp_gate = (mod[:, i] for i in range(2, DUAL_MODULATIONS))
-        x, normed = add_and_modulate(Pending(x, gate, self.out(attended)), mlp_shift, mlp_scale)
-        return Pending(x, mlp_gate, self.mlp_down(linear_gelu(normed, self.mlp_up.weight, self.mlp_up.bias)))
-
-    def slots(self, name: str, qkv: tuple[str, ...], norms: tuple[str, str], out: str, mlp: str) -> Slots:
-        yield from self.qkv.slots(*(f"{name}.attn.{each}" for each in qkv))
-        yield f"{name}.attn.{norms[0]}.weight", self.norm.query
-        yield f"{name}.attn.{norms[1]}.weight", self.norm.key
-        yield from self.out.slots(f"{name}.attn.{out}")
-        yield from self.mlp_up.slots(f"{name}.{mlp}.net.0.proj")
-        yield from self.mlp_down.slots(f"{name}.{mlp}.net.2")
+        self.proj = Linear(dim, dim, multiply)
 
 
-class DualBlock(nn.Module):
+class DoubleStreamBlock(nn.Module):
     """Text and image keep their own weights and meet in one attention over both."""
 
-    def __init__(self, dim: int, head_dim: int) -> None:
+    def __init__(self, dim: int, head_dim: int, multiply: Multiply) -> None:
         super().__init__()
-        self.img = Stream(dim, head_dim)
-        self.txt = Stream(dim, head_dim)
+        self.img_attn = SelfAttention(dim, head_dim, multiply)
+        self.img_mlp = MLP(dim, MLP_RATIO * dim, multiply)
+        self.txt_attn = SelfAttention(dim, head_dim, multiply)
+        self.txt_mlp = MLP(dim, MLP_RATIO * dim, multiply)
 
-    def forward(self, img: Pending, txt: Pending, pe: Rope, mod: Tensor, backend: str) -> tuple[Pending, Pending]:
+    def forward(self, img: Residual, txt: Residual, mod: Tensor, step: Step) -> tuple[Residual, Residual]:
         """img [B, I, D], txt [B, L, D], mod [B, 12, D], image first -> the same two, one block on."""
-        img_mod, txt_mod = mod[:, :DUAL_MODULATIONS], mod[:, DUAL_MODULATIONS:]
-        txt_x, txt_normed = add_and_modulate(txt, txt_mod[:, 0], txt_mod[:, 1])
-        img_x, img_normed = add_and_modulate(img, img_mod[:, 0], img_mod[:, 1])
-        streams, lengths = (self.txt, self.img), [txt_x.shape[1], img_x.shape[1]]
-        qkv = linear_joined([txt_normed, img_normed], [(each.qkv.weight, each.qkv.bias) for each in streams])
-        queries, keys = [each.norm.query for each in streams], [each.norm.key for each in streams]
-        attended = attention(qk_norm_rope(qkv, lengths, queries, keys, *pe), backend).flatten(2)
-        txt_attended, img_attended = attended.split(lengths, dim=1)
-        return self.img.finish(img_x, img_attended, img_mod), self.txt.finish(txt_x, txt_attended, txt_mod)
+        img_mod, txt_mod = DoubleModulation.of(mod[:, :6]), DoubleModulation.of(mod[:, 6:])
 
-    def slots(self, name: str) -> Slots:
-        yield from self.img.slots(name, ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"), "to_out.0", "ff")
-        added = ("add_q_proj", "add_k_proj", "add_v_proj")
-        yield from self.txt.slots(name, added, ("norm_added_q", "norm_added_k"), "to_add_out", "ff_context")
+        txt, txt_normed = txt.norm(txt_mod.attn)
+        img, img_normed = img.norm(img_mod.attn)
+        qkv = joined([self.txt_attn.qkv, self.img_attn.qkv], [txt_normed, img_normed])
+        lengths = [txt_normed.shape[1], img_normed.shape[1]]
+        heads = qk_norm_rope_(qkv, lengths, [self.txt_attn.norm, self.img_attn.norm], step.pe)
+        txt_attn, img_attn = step.attend(heads).flatten(2).split(lengths, dim=1)
+
+        img, img_normed = img.add(img_mod.attn.gate, self.img_attn.proj(img_attn)).norm(img_mod.mlp)
+        img = img.add(img_mod.mlp.gate, self.img_mlp(img_normed))
+
+        txt, txt_normed = txt.add(txt_mod.attn.gate, self.txt_attn.proj(txt_attn)).norm(txt_mod.mlp)
+        txt = txt.add(txt_mod.mlp.gate, self.txt_mlp(txt_normed))
+        return img, txt
 
 
-class SingleBlock(nn.Module):
+class SingleStreamBlock(nn.Module):
     """Text and image are one sequence with one set of weights; attention and MLP run side by side."""
 
-    def __init__(self, dim: int, head_dim: int) -> None:
+    def __init__(self, dim: int, head_dim: int, multiply: Multiply) -> None:
         super().__init__()
-        self.dim = dim
-        self.qkv_and_mlp_up = Linear(dim, (3 + MLP_RATIO) * dim)
+        self.linear1 = LinearToTwo(dim, 3 * dim, MLP_RATIO * dim, multiply)  # q, k and v; the MLP's up
         self.norm = QKNorm(head_dim)
-        self.out = Linear((1 + MLP_RATIO) * dim, dim)
+        self.linear2 = LinearOfTwo((1 + MLP_RATIO) * dim, dim, multiply)  # the attention's out, and the MLP's down
 
-    def forward(self, stream: Pending, pe: Rope, mod: Tensor, backend: str) -> Pending:
+    def forward(self, x: Residual, mod: Tensor, step: Step) -> Residual:
         """The joint stream [B, S, D], mod [B, 3, D] -> the stream, one block on."""
-        shift, scale, gate = mod.unbind(1)
-        x, normed = add_and_modulate(stream, shift, scale)
-        both = self.qkv_and_mlp_up
-        qkv, up = linear_and_gelu(normed, both.weight, both.bias, 3 * self.dim)
-        qkv = qk_norm_rope(qkv, [x.shape[1]], [self.norm.query], [self.norm.key], *pe)
-        attended = attention(qkv, backend).flatten(2)
-        return Pending(x, gate, linear_of_two(attended, up, self.out.weight, self.out.bias))
-
-    def slots(self, name: str) -> Slots:
-        names = (*(f"{name}.attn.{each}" for each in ("to_q", "to_k", "to_v")), f"{name}.proj_mlp")
-        yield from self.qkv_and_mlp_up.slots(*names, rows=(self.dim,) * 3 + (MLP_RATIO * self.dim,))
-        yield f"{name}.attn.norm_q.weight", self.norm.query
-        yield f"{name}.attn.norm_k.weight", self.norm.key
-        yield from self.out.slots(f"{name}.proj_out")
+        modulation = Modulation(*mod.unbind(1))
+        x, normed = x.norm(modulation)
+        qkv, mlp = self.linear1(normed)
+        attn = step.attend(qk_norm_rope_(qkv, [normed.shape[1]], [self.norm], step.pe)).flatten(2)
+        return x.add(modulation.gate, self.linear2(attn, mlp))
 
 
 class Flux(nn.Module):
-    """The denoiser. What does not depend on the step has methods of its own: `embed_text`, `modulations`."""
+    """The denoiser. One step is `embed`, `body` and `head`; what does not depend on the step has methods of its own:
+    `embed_text`, `modulations`.
 
-    def __init__(self, config: FluxConfig) -> None:
+    Args:
+        multiply: does the matmuls of all layers.
+    """
+
+    def __init__(self, config: FluxConfig, multiply: Multiply) -> None:
         super().__init__()
         self.config = config
         dim, head_dim = config.inner_dim, config.attention_head_dim
-        self.x_embedder = Linear(config.in_channels, dim)
-        self.context_embedder = Linear(config.joint_attention_dim, dim)
-        self.timestep_embedder = Embedder(TIME_CHANNELS, dim)
-        self.guidance_embedder = Embedder(TIME_CHANNELS, dim) if config.guidance_embeds else None
-        self.text_embedder = Embedder(config.pooled_projection_dim, dim)
-        self.modulation = Linear(dim, config.modulations * dim)
-        self.transformer_blocks = nn.ModuleList(DualBlock(dim, head_dim) for _ in range(config.num_layers))
-        self.single_transformer_blocks = nn.ModuleList(
-            SingleBlock(dim, head_dim) for _ in range(config.num_single_layers)
+        self.img_in = Linear(config.in_channels, dim, multiply)
+        self.txt_in = Linear(config.joint_attention_dim, dim, multiply)
+        self.time_in = MLPEmbedder(TIME_CHANNELS, dim, multiply)
+        self.guidance_in = MLPEmbedder(TIME_CHANNELS, dim, multiply) if config.guidance_embeds else None
+        self.vector_in = MLPEmbedder(config.pooled_projection_dim, dim, multiply)
+        self.modulation = Linear(dim, config.modulations * dim, multiply)
+        self.double_blocks = nn.ModuleList(DoubleStreamBlock(dim, head_dim, multiply) for _ in range(config.num_layers))
+        self.single_blocks = nn.ModuleList(
+            SingleStreamBlock(dim, head_dim, multiply) for _ in range(config.num_single_layers)
         )
-        self.proj_out = Linear(dim, config.in_channels)
+        self.final_layer = Linear(dim, config.in_channels, multiply)
 
     def embed_text(self, txt: Tensor) -> Tensor:
         """T5 embeddings [B, L, joint_attention_dim] -> txt [B, L, D]."""
-        return self.context_embedder(txt)
+        return self.txt_in(txt)
 
     def modulations(self, timesteps: Tensor, guidance: Tensor | None, vec: Tensor) -> Tensor:
         """Every modulation of every given step.
@@ -244,49 +194,53 @@ class Flux(nn.Module):
         Returns:
             [T, B, modulations, D].
         """
-        # The detour over t / 1000 * 1000 in the model's dtype is FLUX's own rounding, kept for equal pictures.
+        # The detour over t / 1000 * 1000 in the model's dtype is FLUX's own rounding, kept for equal images.
         t = timesteps.to(vec.dtype) / 1000 * 1000
-        emb = self.timestep_embedder(timestep_embedding(t, TIME_CHANNELS).to(vec.dtype))[:, None]
-        if self.guidance_embedder is not None:
+        emb = self.time_in(timestep_embedding(t, TIME_CHANNELS).to(vec.dtype))[:, None]
+        if self.guidance_in is not None:
             if guidance is None:
                 raise ValueError("this model takes a guidance scale")
             g = guidance.to(vec.dtype) * 1000
-            emb = emb + self.guidance_embedder(timestep_embedding(g, TIME_CHANNELS).to(vec.dtype))[None]
-        emb = emb + self.text_embedder(vec)[None]
+            emb = emb + self.guidance_in(timestep_embedding(g, TIME_CHANNELS).to(vec.dtype))[None]
+        emb = emb + self.vector_in(vec)[None]
         return self.modulation(F.silu(emb)).unflatten(-1, (self.config.modulations, -1))
 
-    def forward(self, img: Tensor, txt: Tensor, pe: Rope, mod: Tensor, backend: str = "sdpa") -> Tensor:
+    def forward(self, img: Tensor, txt: Tensor, mod: Tensor, step: Step) -> Tensor:
         """One step's velocity. img [B, I, in_channels], txt [B, L, D], mod [B, modulations, D] -> like img."""
-        stream, text = Pending(self.x_embedder(img)), Pending(txt)
-        start = 0
-        for block in self.transformer_blocks:
-            stream, text = block(stream, text, pe, mod[:, start : start + 2 * DUAL_MODULATIONS], backend)
-            start += 2 * DUAL_MODULATIONS
-        stream = Pending(torch.cat((text.settle(), stream.settle()), dim=1))
-        for block in self.single_transformer_blocks:
-            stream = block(stream, pe, mod[:, start : start + SINGLE_MODULATIONS], backend)
-            start += SINGLE_MODULATIONS
-        scale, shift = mod[:, start], mod[:, start + 1]
-        return self.proj_out(add_and_modulate(stream.tail(txt.shape[1]), shift, scale)[1])
+        return self.head(self.body(self.embed(img), txt, mod, step), mod)
 
-    def slots(self) -> Slots:
-        """Every tensor of the checkpoint, by its name there, with the view that holds it here."""
-        yield from self.x_embedder.slots("x_embedder")
-        yield from self.context_embedder.slots("context_embedder")
-        yield from self.timestep_embedder.slots("time_text_embed.timestep_embedder")
-        if self.guidance_embedder is not None:
-            yield from self.guidance_embedder.slots("time_text_embed.guidance_embedder")
-        yield from self.text_embedder.slots("time_text_embed.text_embedder")
-        names, rows, dim = [], [], self.config.inner_dim
-        for i, block in enumerate(self.transformer_blocks):
-            yield from block.slots(f"transformer_blocks.{i}")
-            names += [f"transformer_blocks.{i}.norm1.linear", f"transformer_blocks.{i}.norm1_context.linear"]
-            rows += [DUAL_MODULATIONS * dim] * 2
-        for i, block in enumerate(self.single_transformer_blocks):
-            yield from block.slots(f"single_transformer_blocks.{i}")
-            names.append(f"single_transformer_blocks.{i}.norm.linear")
-            rows.append(SINGLE_MODULATIONS * dim)
-        names.append("norm_out.linear")
-        rows.append(FINAL_MODULATIONS * dim)
-        yield from self.modulation.slots(*names, rows=tuple(rows))
-        yield from self.proj_out.slots("proj_out")
+    def embed(self, img: Tensor) -> Tensor:
+        """Latents [B, I, in_channels] -> the image stream [B, I, D]."""
+        return self.img_in(img)
+
+    def body(self, img: Tensor, txt: Tensor, mod: Tensor, step: Step) -> Residual:
+        """All blocks: the streams [B, I, D] and [B, L, D] -> the image stream after them."""
+        double = mod[:, : 12 * len(self.double_blocks)].unflatten(1, (len(self.double_blocks), 12)).unbind(1)
+        single = mod[:, 12 * len(self.double_blocks) : -2].unflatten(1, (len(self.single_blocks), 3)).unbind(1)
+        image, text = Residual(img), Residual(txt)
+        for block, own in zip(self.double_blocks, double, strict=True):
+            image, text = block(image, text, own, step)
+        both = Residual(torch.cat((text.value(), image.value()), dim=1))
+        for block, own in zip(self.single_blocks, single, strict=True):
+            both = block(both, own, step)
+        return both.tail(txt.shape[1])
+
+    def head(self, img: Residual, mod: Tensor) -> Tensor:
+        """The image stream [B, I, D] -> velocity [B, I, in_channels]."""
+        scale, shift = mod[:, -2], mod[:, -1]  # in this order in the checkpoint
+        return self.final_layer(img.norm(Modulation(shift, scale))[1])
+
+    def slots(self, names: Names = diffusers) -> Slots:
+        """Every tensor of a checkpoint with such names, with the view that holds it here."""
+        for path, sources in names(self.config.num_layers, self.config.num_single_layers, self.config.guidance_embeds):
+            layer = self.get_submodule(path)
+            if isinstance(layer, QKNorm):
+                for source, parameter in zip(sources, (layer.query, layer.key), strict=True):
+                    yield f"{source.name}.weight", parameter
+                continue
+            assert isinstance(layer, Linear)
+            share = layer.weight.shape[0] // sum(source.share for source in sources)
+            rows = [share * source.share for source in sources]
+            for source, weight, bias in zip(sources, layer.weight.split(rows), layer.bias.split(rows), strict=True):
+                yield f"{source.name}.weight", weight
+                yield f"{source.name}.bias", bias

@@ -34,14 +34,6 @@ class CompileCache:
         if gpu:
             _listen_to_triton()
 
-    def attention(self, comparison: str) -> str | None:
-        """The backend that an earlier process found fastest in it; asked for again, so that its compiled code is found
-        again too."""
-        return self.read("attention.json").get(comparison)
-
-    def remember_attention(self, comparison: str, backend: str) -> None:
-        self.add("attention.json", {comparison: backend})
-
     def add(self, name: str, choices: dict[str, Any]) -> None:
         """Measured choices, into the file `name` of the folder; they replace those of the same keys."""
         self.directory.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,6 @@ import torch
 from fluxcli.core import config
 from fluxcli.core.config import EngineConfig
 from fluxcli.core.errors import DeviceError
-from fluxcli.engine.attention import backends
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in config.DTYPES}
 
@@ -21,7 +20,7 @@ def resolve(device: str, dtype: str, compile: bool | None, backend: str) -> Engi
     """Settles --device, --dtype and --compile; "auto" and None mean what suits the machine.
 
     Raises:
-        DeviceError: a GPU that is not there, or an attention backend that cannot run.
+        DeviceError: a GPU that is not there.
     """
     if device == "auto":
         device = "cuda" if has_gpu() else "cpu"
@@ -31,7 +30,6 @@ def resolve(device: str, dtype: str, compile: bool | None, backend: str) -> Engi
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
     if compile is None:
         compile = device.startswith("cuda")
-    backends.check(backend, device, DTYPES[dtype])
     return EngineConfig(device, dtype, compile, backend)
 
 

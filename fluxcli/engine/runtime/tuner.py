@@ -1,103 +1,127 @@
-"""What was found fastest on this machine: a table from the name of a problem to that of a way to do it.
+"""Which way of doing a thing is fastest on this machine: a table from the name of a problem to that of a way.
 
 Every way computes the same; which is fastest depends on shape, GPU and versions, so they are timed, once per problem,
-while `tuning`. The table is the process's; the compile cache keeps it for the next one.
+while `tuning`. A table belongs to one engine; the compile cache keeps it for the next process.
 """
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
 from statistics import median
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
 from fluxcli.core.errors import Remark
 from fluxcli.engine.runtime import stopwatch
-from fluxcli.engine.runtime.graphs import Pool, aside, record
+from fluxcli.engine.runtime.graphs import aside, record
 
+if TYPE_CHECKING:
+    from fluxcli.engine.runtime.graphs import Pool
+
+Result = TypeVar("Result")
 Way = Callable[[], object]
 
 FAULTS = (torch.OutOfMemoryError, torch.AcceleratorError)  # the device's, which say nothing of the way that met them
 
-_FINALISTS = 3
+_NEAR = 1.05  # ways that take longer than this times the fastest, called once, are not timed further
 _TURN_S = 0.06  # longer turns come nearer to the clock of a step, and make warming up longer
 _CALLS = 4  # in the graph that is timed
 
-_table: dict[str, str] = {}
-_tuning = False
 
-
-@contextmanager
-def tuning() -> Iterator[None]:
-    """Every problem that is met while the block runs is settled by timing its ways, if the table has none for it. What
-    is captured in the block must have run before."""
-    global _tuning
-    _tuning = True
-    try:
-        yield
-    finally:
-        _tuning = False
-
-
-def table() -> dict[str, str]:
-    return dict(_table)
-
-
-def remember(known: Mapping[str, str]) -> None:
-    """Adds an earlier process's choices to the table."""
-    _table.update(known)
-
-
-def fastest(problem: str, ways: Callable[[], Mapping[str, Way]], device: torch.device) -> str | None:
-    """The way to take; None where the table has none and nothing is tuned.
+class Tuner:
+    """The table and what fills it.
 
     Args:
-        problem: names everything that the choice depends on, versions too.
-        ways: gives the ways by their names, which begin with a library's; the one that surely runs first. Asked for
-            only to be timed.
+        device: "cuda:N"; on a CPU nothing is ever timed.
+        known: an earlier process's table.
     """
-    if problem not in _table and _tuning:
-        _table[problem] = _timed(ways(), str(device))
-    return _table.get(problem)
 
+    def __init__(self, device: str, known: Mapping[str, str] | None = None) -> None:
+        self._device = device
+        self._tuning = False
+        self._told: set[str] = set()
+        self.table = dict(known or {})
 
-def _timed(ways: Mapping[str, Way], device: str) -> str:
-    """The name of the fastest way."""
-    if len(ways) == 1:
-        return next(iter(ways))
-    with aside():
-        able = {name: way for number, (name, way) in enumerate(ways.items()) if _runs(name, way, sure=not number)}
-        torch.cuda.empty_cache()
-        pool = torch.cuda.graph_pool_handle()  # one result's memory for all
-        replays = {name: _recorded(way, pool) for name, way in able.items()}
-        once = {name: stopwatch.seconds(replay, 1, device) for name, replay in replays.items()}
-        best = sorted(once, key=once.__getitem__)[:_FINALISTS]
-        times = stopwatch.interleaved({name: replays[name] for name in best}, device, _TURN_S)
-    return min(best, key=lambda name: median(times[name]))
+    @contextmanager
+    def tuning(self) -> Iterator[None]:
+        """Every problem that is met while the block runs is settled by timing its ways, if the table has none for it.
+        What is captured in the block must have run before."""
+        self._tuning = True
+        try:
+            yield
+        finally:
+            self._tuning = False
 
+    def run(
+        self,
+        problem: str,
+        ways: Mapping[str, Callable[[], Result]],
+        rehearsal: Callable[[], Mapping[str, Way]] | None = None,
+    ) -> Result:
+        """What the fastest way returns; the first way where the table knows none and nothing is tuned.
 
-def _runs(name: str, way: Way, sure: bool) -> bool:
-    try:
-        way()
-    except FAULTS:
-        raise
-    except Exception as error:
-        if sure:
+        Args:
+            problem: names everything that the choice depends on: the ways that are there, by their releases, too.
+            ways: by their names, which begin with a library's. The first surely runs; another that fails, whatever it
+                raises, is left out with one remark.
+            rehearsal: the ways to time instead, where calling one leaves a trace.
+        """
+        sure = next(iter(ways))
+        chosen = self.table.get(problem, "")
+        if chosen not in ways and self._tuning:
+            chosen = self.table[problem] = self._timed(rehearsal() if rehearsal else ways)
+        elif chosen not in ways:
+            chosen = sure
+        if chosen != sure:
+            try:
+                return ways[chosen]()
+            except FAULTS:
+                raise
+            except Exception as error:
+                self._leave_out(chosen, error)
+                self.table[problem] = sure
+        return ways[sure]()
+
+    def _timed(self, ways: Mapping[str, Way]) -> str:
+        """The name of the fastest way."""
+        if len(ways) == 1:
+            return next(iter(ways))
+        with aside():
+            able = {name: way for number, (name, way) in enumerate(ways.items()) if self._runs(name, way, not number)}
+            torch.cuda.empty_cache()
+            pool = torch.cuda.graph_pool_handle()  # one result's memory for all
+            replays = {name: _recorded(way, pool) for name, way in able.items()}
+            once = {name: stopwatch.seconds(replay, 2, self._device) for name, replay in replays.items()}
+            best = [name for name in once if once[name] <= _NEAR * min(once.values())]
+            if len(best) == 1:
+                return best[0]
+            times = stopwatch.interleaved({name: replays[name] for name in best}, self._device, _TURN_S)
+        return min(best, key=lambda name: median(times[name]))
+
+    def _runs(self, name: str, way: Way, sure: bool) -> bool:
+        try:
+            way()
+        except FAULTS:
             raise
-        _left_out(name.partition(" ")[0], str(error).strip().partition("\n")[0])
-        return False
-    return True
+        except Exception as error:
+            if sure:
+                raise
+            self._leave_out(name, error)
+            return False
+        return True
+
+    def _leave_out(self, name: str, error: Exception) -> None:
+        """Mostly a release of an optional package that does not go with this torch or GPU. Told once a library."""
+        library = name.partition(" ")[0]
+        if library not in self._told:
+            self._told.add(library)
+            reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
+            message = f"{library} cannot do here what it is there for, and is left out: {reason}"
+            warnings.warn(message, Remark, stacklevel=2)
 
 
-@cache
-def _left_out(library: str, reason: str) -> None:
-    # Mostly a release of an optional package that does not go with this torch or GPU.
-    message = f"{library} cannot do here what it is there for, and is left out: {reason}"
-    warnings.warn(message, Remark, stacklevel=2)
-
-
-def _recorded(way: Way, pool: Pool) -> Way:
+def _recorded(way: Way, pool: "Pool") -> Way:
     """A replay of `_CALLS` calls, as a step makes them: launching takes some longer than others."""
 
     def calls() -> None:

@@ -17,6 +17,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fluxcli.core.errors import ModelError
+from fluxcli.engine.matmul.gemm import Multiply
+from fluxcli.engine.matmul.torch_ import Reference
 from fluxcli.engine.nets.flux1 import Flux, FluxConfig
 from fluxcli.engine.runtime.offload import Visitors
 from fluxcli.models.checkpoints import Checkpoint, read_json
@@ -32,7 +34,7 @@ Slots = Iterable[tuple[str, Tensor]]  # (name in the checkpoint, where its value
 
 
 @contextmanager
-def load_transformer(checkpoint: Checkpoint, device: str, dtype: torch.dtype) -> Iterator[Flux]:
+def load_transformer(checkpoint: Checkpoint, device: str, dtype: torch.dtype, multiply: Multiply) -> Iterator[Flux]:
     """The denoiser on `device`. Its weights are read straight into the packed layers while the block runs, and are
     there when the block ends: the other parts can be loaded meanwhile.
 
@@ -42,7 +44,7 @@ def load_transformer(checkpoint: Checkpoint, device: str, dtype: torch.dtype) ->
     directory = checkpoint.directory / "transformer"
     config = FluxConfig.from_json(checkpoint.transformer, str(directory / "config.json"))
     with torch.device(device), _default_dtype(dtype):
-        model = Flux(config).eval()
+        model = Flux(config, multiply).eval()
     if checkpoint.random:
         fill_random(model.slots(), device)
         yield model
@@ -96,7 +98,7 @@ def size(checkpoint: Checkpoint, part: str, dtype: torch.dtype) -> int:
     if part == "transformer":
         config = FluxConfig.from_json(checkpoint.transformer)
         with torch.device("meta"), _default_dtype(dtype):
-            model: nn.Module = Flux(config)
+            model: nn.Module = Flux(config, Reference())
     else:
         _, model = _build(checkpoint, part, "meta", dtype)
     return sum(parameter.nbytes for parameter in model.parameters())

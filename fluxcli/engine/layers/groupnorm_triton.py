@@ -1,103 +1,10 @@
-"""The Triton kernels behind `ops`: imported on CUDA only. Each has its plain torch reference, of the same name and
-signature, there. All arithmetic is in float32; values are rounded where they are stored."""
+"""The Triton kernels of `groupnorm`: imported on CUDA only. All arithmetic is in float32; values are rounded where they
+are stored."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from fluxcli.engine.layers.ops import NORM_EPS
-from fluxcli.engine.layers.residual import HALF_MAX, Pending
-
-
-@triton.jit
-def _modulate(
-    x, update, gate, shift, scale, total, out,
-    tokens, x_batch, x_token, update_batch, update_token, modulation_batch, dim, eps,
-    BLOCK: tl.constexpr, UPDATE: tl.constexpr, LIMIT: tl.constexpr,
-):  # fmt: skip
-    # One program per token: its row stays in registers between the sum, the norm and both stores.
-    row = tl.program_id(0)
-    batch, token = (row // tokens).to(tl.int64), (row % tokens).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    mask = column < dim
-    own = row.to(tl.int64) * dim + column
-    modulation = batch * modulation_batch + column
-    value = tl.load(x + batch * x_batch + token * x_token + column, mask=mask, other=0.0)
-    if UPDATE:
-        added = tl.load(update + batch * update_batch + token * update_token + column, mask=mask, other=0.0)
-        gated = tl.load(gate + modulation, mask=mask, other=0.0).to(tl.float32) * added.to(tl.float32)
-        summed = value.to(tl.float32) + gated
-        if LIMIT > 0:
-            summed = tl.minimum(tl.maximum(summed, -LIMIT), LIMIT)
-        value = summed.to(value.dtype)
-        tl.store(total + own, value, mask=mask)
-    wide = value.to(tl.float32)
-    centred = tl.where(mask, wide - tl.sum(wide, axis=0) / dim, 0.0)
-    normed = centred * tl.rsqrt(tl.sum(centred * centred, axis=0) / dim + eps)
-    factor = 1.0 + tl.load(scale + modulation, mask=mask, other=0.0).to(tl.float32)
-    result = normed * factor + tl.load(shift + modulation, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + own, result.to(value.dtype), mask=mask)
-
-
-def add_and_modulate(stream: Pending, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    x, gate, update = stream
-    batch, tokens, dim = x.shape
-    out = torch.empty((batch, tokens, dim), dtype=x.dtype, device=x.device)
-    total = x if update is None else torch.empty_like(out)
-    update_strides = (0, 0) if update is None else update.stride()[:2]
-    _modulate[(batch * tokens,)](
-        x, x if update is None else update, x if gate is None else gate, shift, scale, total, out,
-        tokens, *x.stride()[:2], *update_strides, shift.stride(0), dim, NORM_EPS,
-        BLOCK=triton.next_power_of_2(dim), UPDATE=update is not None,
-        LIMIT=HALF_MAX if x.dtype == torch.float16 else 0, num_warps=8,
-    )  # fmt: skip
-    return total, out
-
-
-@triton.jit
-def _qk_norm_rope(
-    qkv, first_q, first_k, second_q, second_k, cos, sin,
-    rows, sequence, first, batch_stride, row_stride, eps,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, TOKENS: tl.constexpr,
-):  # fmt: skip
-    # One program per `TOKENS` tokens and per group of heads, all of them queries or all keys.
-    group = tl.program_id(1)
-    key = group * GROUP >= HEADS
-    line = tl.arange(0, TOKENS * GROUP)
-    row = tl.program_id(0) * TOKENS + line // GROUP
-    batch, position = (row // sequence).to(tl.int64), row % sequence
-    mask = (row < rows)[:, None]
-    column = tl.arange(0, HEAD_DIM)
-    start = batch * batch_stride + position.to(tl.int64) * row_stride + (group * GROUP + line % GROUP) * HEAD_DIM
-    place = qkv + start[:, None] + column[None]
-    raw = tl.load(place, mask=mask, other=0.0)
-    x = raw.to(tl.float32)
-    weight = tl.load((first_k if key else first_q) + column).to(tl.float32)[None]
-    other = tl.load((second_k if key else second_q) + column).to(tl.float32)[None]
-    weight = tl.where((position < first)[:, None], weight, other)
-    x = x * tl.rsqrt(tl.sum(x * x, axis=1)[:, None] / HEAD_DIM + eps) * weight
-    x = x.to(raw.dtype).to(tl.float32)  # the reference rounds between norm and rotation
-    a, b = tl.split(tl.reshape(x, (TOKENS * GROUP, HEAD_DIM // 2, 2)))
-    pair = position[:, None] * (HEAD_DIM // 2) + tl.arange(0, HEAD_DIM // 2)[None]
-    c, s = tl.load(cos + pair, mask=mask, other=0.0), tl.load(sin + pair, mask=mask, other=0.0)
-    turned = tl.reshape(tl.join(a * c - b * s, b * c + a * s), (TOKENS * GROUP, HEAD_DIM))
-    tl.store(place, turned.to(raw.dtype), mask=mask)
-
-
-def qk_norm_rope(
-    qkv: Tensor, lengths: list[int], norms_q: list[Tensor], norms_k: list[Tensor], cos: Tensor, sin: Tensor
-) -> Tensor:
-    head_dim = 2 * cos.shape[1]
-    batch, sequence, width = qkv.shape
-    heads, tokens = width // (3 * head_dim), 4
-    group = min(heads & -heads, 8)  # as many as divide the heads, and are a power of two
-    _qk_norm_rope[(triton.cdiv(batch * sequence, tokens), 2 * heads // group)](
-        qkv, norms_q[0], norms_k[0], norms_q[-1], norms_k[-1], cos, sin,
-        batch * sequence, sequence, lengths[0], *qkv.stride()[:2], NORM_EPS,
-        HEADS=heads, GROUP=group, HEAD_DIM=head_dim, TOKENS=tokens, num_warps=8,
-    )  # fmt: skip
-    return qkv.unflatten(-1, (3, heads, head_dim))
 
 
 @triton.jit

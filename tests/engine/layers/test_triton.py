@@ -1,0 +1,42 @@
+"""The Triton kernels on a CPU, under Triton's interpreter, where Triton is installed."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.engine.layers import test_groupnorm as groupnorm
+from tests.engine.layers import test_norm as norm
+from tests.engine.layers import test_rope as rope
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_the_kernels_under_tritons_interpreter() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}  # read when Triton is imported: hence a new process
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.engine.layers.test_triton"], env=environment, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr.decode()
+
+
+def interpret() -> None:
+    from fluxcli.engine.layers import groupnorm_triton, norm_triton, rope_triton
+
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        for dtype in (torch.float32, torch.float16):
+            for pending in (True, False):
+                norm.check(norm.given(2, 5, 96, pending, "cpu", dtype), dtype, norm_triton.add_and_modulate)
+            for tokens, heads, apart in (((3, 6), 3, False), ((4,), 8, True)):
+                given = rope.given(tokens, heads, (8, 12, 12), apart, "cpu", dtype)
+                rope.check(given, dtype, rope_triton.qk_norm_rope_)
+            given = groupnorm.images((2, 24, 7, 9), "cpu", dtype)
+            groupnorm.check(given, 8, dtype, groupnorm_triton.group_norm_silu)
+            groupnorm.check_sum(given, dtype, groupnorm_triton.add_biased)
+
+
+if __name__ == "__main__":
+    interpret()
