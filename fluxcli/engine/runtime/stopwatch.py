@@ -11,7 +11,7 @@ ROUNDS = 5
 Run = Callable[[], object]
 
 
-def interleaved(runs: Mapping[str, Run], device: str, turn_s: float) -> dict[str, list[float]]:
+def interleaved(runs: Mapping[str, Run], device: str, turn_s: float, rounds: int = ROUNDS) -> dict[str, list[float]]:
     """Seconds per call of every contestant, one figure a round.
 
     Each is called once to settle and once to learn how often it fits into a turn. Every round begins with another
@@ -26,7 +26,7 @@ def interleaved(runs: Mapping[str, Run], device: str, turn_s: float) -> dict[str
         runs[name]()
         calls[name] = max(1, int(turn_s / seconds(runs[name], 1, device)))
     times: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(ROUNDS):
+    for number in range(rounds):
         first = number % len(names)
         for name in names[first:] + names[:first]:
             times[name].append(seconds(runs[name], calls[name], device))

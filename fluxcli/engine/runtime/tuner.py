@@ -26,6 +26,7 @@ FAULTS = (torch.OutOfMemoryError, torch.AcceleratorError)  # the device's, which
 
 _NEAR = 1.05  # ways that take longer than this times the fastest, called once, are not timed further
 _TURN_S = 0.06  # longer turns come nearer to the clock of a step, and make warming up longer
+_ROUNDS = 3
 _CALLS = 4  # in the graph that is timed
 
 
@@ -96,7 +97,7 @@ class Tuner:
             best = [name for name in once if once[name] <= _NEAR * min(once.values())]
             if len(best) == 1:
                 return best[0]
-            times = stopwatch.interleaved({name: replays[name] for name in best}, self._device, _TURN_S)
+            times = stopwatch.interleaved({name: replays[name] for name in best}, self._device, _TURN_S, _ROUNDS)
         return min(best, key=lambda name: median(times[name]))
 
     def _runs(self, name: str, way: Way, sure: bool) -> bool:

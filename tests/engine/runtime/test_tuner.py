@@ -19,7 +19,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
     monkeypatch.setattr(stopwatch, "seconds", lambda run, calls, device: run())
     monkeypatch.setattr(
-        stopwatch, "interleaved", lambda runs, device, turn: {each: [run()] for each, run in runs.items()}
+        stopwatch, "interleaved", lambda runs, device, turn, rounds: {each: [run()] for each, run in runs.items()}
     )
 
 
