@@ -6,6 +6,7 @@ none outlives the engine that began it.
 """
 
 import contextlib
+import hashlib
 import os
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from torch import Tensor
 from fluxcli.engine.attention.backends import Attention
 from fluxcli.engine.matmul.gemm import Gemm
 from fluxcli.engine.matmul.quack import HOPPER, Quack
-from fluxcli.engine.runtime.compile_cache import version
+from fluxcli.engine.runtime.compile_cache import root, version
 from fluxcli.engine.runtime.tuner import Tuner
 
 _PROCESSES = 4
@@ -28,13 +29,19 @@ _QUACK = ("bias", "gelu", "add", "pair", "parts")
 
 
 class Ahead:
-    """Compiles every kernel of the libraries that are installed, on a GPU that has more than one way of its own."""
+    """Compiles every kernel of the libraries that are installed, on a GPU that has more than one way of its own; once
+    for each set of releases, which a file in the cache remembers."""
 
     def __init__(self, device: str, dtype: str) -> None:
         names: list[str] = []
+        releases = {package: version(package) for package in ("torch", "flash-attn-4", "quack-kernels")}
         if device.startswith("cuda") and torch.cuda.get_device_capability(device)[0] == HOPPER:
-            names += _FA4 if version("flash-attn-4") else ()
-            names += _QUACK if version("quack-kernels") else ()
+            names += _FA4 if releases["flash-attn-4"] else ()
+            names += _QUACK if releases["quack-kernels"] else ()
+        known = hashlib.sha256(f"{releases} {dtype} {names}".encode()).hexdigest()[:12]
+        self._done = root() / "compile" / f"ahead-{known}"
+        if self._done.exists():
+            names = []
         shares = [names[first::_PROCESSES] for first in range(_PROCESSES)]
         self._running = [
             subprocess.Popen(
@@ -51,6 +58,9 @@ class Ahead:
             process.wait()
             if process.stdin:
                 process.stdin.close()
+            if not self._running:
+                self._done.parent.mkdir(parents=True, exist_ok=True)
+                self._done.touch()
 
 
 def compile(names: Sequence[str], device: str, dtype: torch.dtype) -> None:
@@ -81,10 +91,11 @@ def _kernel(name: str, device: str, dtype: torch.dtype) -> Callable[[], object]:
 
 
 def _leave_with_parent() -> None:
-    sys.stdin.buffer.read()
-    os._exit(0)
+    os.read(sys.stdin.fileno(), 1)
+    os._exit(1)
 
 
 if __name__ == "__main__":
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     compile(sys.argv[3:], sys.argv[1], getattr(torch, sys.argv[2]))
+    os._exit(0)  # the thread is waiting still

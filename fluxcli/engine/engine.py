@@ -67,9 +67,7 @@ class Engine:
         check(config.attention, self._device, self._dtype)
         self.memory = memory.plan(checkpoint, config, shapes)
         multiply: Multiply = Matmul(self._tuner, self._device) if self._cuda else Reference()
-        self._ahead = None
-        if self._cuda and config.compile and not self._tuner.table:
-            self._ahead = Ahead(self._device, config.dtype)
+        self._ahead = Ahead(self._device, config.dtype) if self._cuda and config.compile else None
         # Its weights are read while the libraries of the others are imported.
         with load_transformer(checkpoint, self._device, self._dtype, multiply) as self._flux:
             self._attend: Attend = sdpa

@@ -24,7 +24,7 @@ def test_a_process_leaves_with_the_one_that_began_it() -> None:
         stdin=ahead.subprocess.PIPE,
     )  # fmt: skip
     process.stdin.close()
-    assert process.wait(timeout=30) == 0
+    assert process.wait(timeout=50) == 1
 
 
 @on_gpu
@@ -39,5 +39,6 @@ def test_every_kernel_of_an_installed_library_is_in_its_cache(package: str, tmp_
     if not made._running:
         pytest.skip("this GPU has but one way")
     made.wait()
+    assert not Ahead("cuda:0", "bfloat16")._running, "once is enough"
     folder, least = ("flash-attn-4", len(ahead._FA4)) if "flash" in package else ("quack", len(ahead._QUACK) - 1)
     assert len([path for path in (tmp_path / folder).rglob("*") if path.suffix == ".o"]) >= least

@@ -18,12 +18,12 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from fluxcli.models.checkpoints import resolve
 from fluxcli.core.config import EngineConfig
-from fluxcli.engine import cache, portable
+from fluxcli.engine.runtime import cache_archive, compile_cache
 
-made = cache.CompileCache(resolve("tiny"), EngineConfig("cpu", "float32", True))
-cache._listen_to_triton()
+made = compile_cache.CompileCache(resolve("tiny"), EngineConfig("cpu", "float32", True))
+compile_cache._listen_to_triton()
 if os.environ.get("IMPORT"):
-    portable.import_(made, __import__("pathlib").Path(os.environ["IMPORT"]))
+    cache_archive.import_(made, __import__("pathlib").Path(os.environ["IMPORT"]))
 
 @triton.jit
 def double(x, BLOCK: tl.constexpr):
@@ -34,8 +34,8 @@ for block in (64, 128):
     source = triton.compiler.ASTSource(double, {"x": "*fp32", "BLOCK": "constexpr"}, {"BLOCK": block})
     triton.compile(source, target=GPUTarget("cuda", 90, 32))
 if os.environ.get("EXPORT"):
-    portable.export(made, __import__("pathlib").Path(os.environ["EXPORT"]))
-print(json.dumps(cache.compile_counts()))
+    cache_archive.export(made, __import__("pathlib").Path(os.environ["EXPORT"]))
+print(json.dumps(compile_cache.compile_counts()))
 """
 
 
