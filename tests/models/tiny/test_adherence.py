@@ -1,6 +1,6 @@
 """fluxcli's own pictures of unseen prompts, from the command line to the judge, at every setting that may cost quality.
 
-The floors are for thirty pictures; test_model.py holds more of them to the aims.
+The floors are for thirty pictures; jobs/tiny/tests/test_model.py holds more of them to the aims.
 """
 
 from collections.abc import Callable
