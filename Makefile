@@ -1,7 +1,7 @@
 # The two things a new clone needs. PYTHON may name another interpreter, 3.11 or newer.
 PYTHON ?= python3
 
-.PHONY: install test lint
+.PHONY: install test test-all-pythons lint docs
 
 install: .venv/installed
 
@@ -13,7 +13,24 @@ install: .venv/installed
 test: install
 	.venv/bin/python -m pytest
 
+# Each in an environment of its own; those that are not installed are told and passed over.
+test-all-pythons:
+	@set -e; for version in 3.11 3.12 3.13 3.14; do \
+		if command -v python$$version >/dev/null; then \
+			echo "python$$version"; \
+			python$$version -m venv .venv/python$$version; \
+			.venv/python$$version/bin/pip install --quiet '.[test]'; \
+			.venv/python$$version/bin/python -m pytest; \
+		else \
+			echo "python$$version is not installed here: passed over"; \
+		fi; \
+	done
+
 lint: install
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+
+# docs/cli.md, from the help.
+docs: install
+	.venv/bin/python docs/cli.py

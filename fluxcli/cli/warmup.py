@@ -8,15 +8,20 @@ from typing import Any
 
 import click
 
-from fluxcli.cli.options import FILE, batch_size_option, engine_options, json_output, row_options, verbosity
+from fluxcli.cli.options import FILE, batch_size_option, engine_options, example, json_output, row_options, verbosity
 from fluxcli.cli.settings import batch_sizes, load_engine, say, settings
 from fluxcli.cli.types import Size
 from fluxcli.core import config
 
 
-@click.command()
+@click.command(
+    epilog=example(
+        "fluxcli warmup prompts.jsonl --batch-size 16 --export cache.zip --key cache.key",
+        "fluxcli warmup --import cache.zip --key cache.key",
+    )
+)
 @click.argument("input", type=click.Path(exists=True, dir_okay=False, allow_dash=True), required=False)
-@click.option("--size", "sizes", type=Size(), multiple=True, help="Instead of INPUT; may be given several times.")
+@click.option("--size", "sizes", type=Size(), multiple=True, help="Instead of INPUT. May be given several times.")
 @click.option(
     "--export",
     type=FILE,
