@@ -11,7 +11,8 @@ WIDTH = 100
 BEGINNING = """\
 # The command line
 
-The help of every command, as `fluxcli COMMAND --help` prints it. `make docs` writes it: change the options, not this file.
+The help of every command, as `fluxcli COMMAND --help` prints it. `make docs` writes it:
+change the options, not this file.
 """
 END = """\
 ## From the environment
@@ -20,7 +21,7 @@ END = """\
 | --- | --- |
 | `FLUXCLI_MODEL` | the default of `--model` |
 | `FLUXCLI_CACHE` | where compiled code is kept; `~/.cache/fluxcli` without it. Nobody else may be able to write there |
-| `HF_HOME`, `HF_TOKEN`, `HF_HUB_OFFLINE` | where models from the hub are kept, by whose leave they come, whether at all |
+| `HF_HOME`, `HF_TOKEN`, `HF_HUB_OFFLINE` | where models from the hub are kept, by whose leave they come, if at all |
 | `NO_COLOR` | no colour, wherever it goes |
 """
 
