@@ -17,11 +17,12 @@ from tests.cli.conftest import SMALL, files
 from tests.conftest import write_rows
 
 
-def test_warmup_covers_the_shapes_of_an_input_and_makes_no_images(command, inside, tmp_path: Path) -> None:
+def test_warmup_covers_the_shapes_of_an_input_and_makes_no_images(inside, tmp_path: Path, monkeypatch) -> None:
     rows = [{"prompt": "a"}] * 5 + [{"prompt": "a red circle " * 40, "width": 96}, {"prompt": ""}]
     write_rows(tmp_path / "in.jsonl", rows)
     options = ("in.jsonl", *SMALL, "--batch-size", 4, "--json")
-    result = command("warmup", *options, cwd=tmp_path, env={"FLUXCLI_CACHE": str(tmp_path / "cache")})
+    monkeypatch.setenv("FLUXCLI_CACHE", str(tmp_path / "cache"))
+    result = inside("warmup", *options)
     assert result.returncode == 0, result.stderr
     dry = inside("batch", "in.jsonl", *SMALL, "--batch-size", 4, "--dry-run", "--json")
     shapes = [
@@ -33,9 +34,9 @@ def test_warmup_covers_the_shapes_of_an_input_and_makes_no_images(command, insid
     assert {name for name in files(tmp_path) if not name.startswith("cache/")} == {"in.jsonl"}
 
 
-def test_warmup_takes_several_sizes_and_reports_each_on_stderr(command, tmp_path: Path) -> None:
+def test_warmup_takes_several_sizes_and_reports_each_on_stderr(inside, tmp_path: Path) -> None:
     options = ("--size", "64x96", "--size", "128x64", "--batch-size", 2, "--text-lengths", "64,128", "-m", "tiny")
-    result = command("warmup", *options, cwd=tmp_path)
+    result = inside("warmup", *options)
     assert result.returncode == 0, result.stderr
     assert result.stdout == ""
     for size in ("64x96", "128x64"):
