@@ -16,7 +16,7 @@ test: install
 # Each in an environment of its own; those that are not installed are told and passed over.
 test-all-pythons:
 	@set -e; for version in 3.11 3.12 3.13 3.14; do \
-		if command -v python$$version >/dev/null; then \
+		if python$$version -c "" 2>/dev/null; then \
 			echo "python$$version"; \
 			python$$version -m venv .venv/python$$version; \
 			.venv/python$$version/bin/pip install --quiet --editable '.[test]'; \

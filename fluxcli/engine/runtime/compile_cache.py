@@ -66,6 +66,7 @@ class CompileCache:
 
     def add(self, name: str, choices: dict[str, Any]) -> None:
         """Measured choices, into the file `name` of the folder; they replace those of the same keys."""
+        self.check_private()
         self.directory.mkdir(parents=True, exist_ok=True)
         temporary = self.directory / f"{name}.{os.getpid()}"
         temporary.write_text(json.dumps({**self.read(name), **choices}, indent=1))
@@ -73,6 +74,7 @@ class CompileCache:
 
     def read(self, name: str) -> dict[str, Any]:
         """The choices in a file of the folder; none where it is not there."""
+        self.check_private()
         try:
             return dict(json.loads((self.directory / name).read_text()))
         except (OSError, ValueError, TypeError):

@@ -90,7 +90,11 @@ def test_a_cache_that_others_can_write_is_not_read(case: str, home: Path) -> Non
     with pytest.raises(CacheError, match=r"can be written by other users: chmod go-w, or set") as told:
         made()
     assert str(home) in str(told.value)
-    made(compile=False)  # where nothing is compiled nothing of it is read
+    eager = made(compile=False)  # of which nothing is read until it is asked
+    with pytest.raises(CacheError):
+        eager.read("attention.json")
+    with pytest.raises(CacheError):
+        eager.add("attention.json", {"a": "sdpa"})
 
 
 def test_a_cache_of_somebody_else_is_not_read(home: Path) -> None:
