@@ -1,5 +1,6 @@
 """Small random FLUX pipelines in diffusers layout, of unlike shapes, with the built-in or the real tokenizers."""
 
+import csv
 import json
 import shutil
 from dataclasses import dataclass
@@ -131,3 +132,9 @@ def _enliven(model: torch.nn.Module) -> None:
                 parameter.normal_(0, 0.1)
             else:
                 parameter.uniform_(0.5, 1.5)
+
+
+def partiprompts() -> list[dict[str, str]]:
+    """Their rows, as the file has them."""
+    with PARTI.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))

@@ -11,6 +11,7 @@ from fluxcli.cli.options import (
     _read_config,
     batch_size_option,
     engine_options,
+    example,
     format_options,
     json_output,
     row_options,
@@ -22,7 +23,7 @@ from fluxcli.core import config
 _JOB_OPTIONS = ("text_lengths", "batch_size", "limit", "strict", "max_failures", "retry_failed")
 
 
-@click.command()
+@click.command(epilog=example("fluxcli batch prompts.jsonl -o out --batch-size 16"))
 @click.argument("input", type=click.Path(exists=True, dir_okay=False, allow_dash=True))
 @click.option(
     "-o",
@@ -39,7 +40,7 @@ _JOB_OPTIONS = ("text_lengths", "batch_size", "limit", "strict", "max_failures",
     help="TOML file with any of these options; the command line wins.",
 )
 @batch_size_option
-@click.option("--limit", type=click.IntRange(0), help="Use the first N rows only.")
+@click.option("--limit", type=click.IntRange(0), metavar="N", help="Use the first N rows only.")
 @format_options
 @click.option("--dry-run", is_flag=True, help="Show the plan; make nothing.")
 @click.option("--strict", is_flag=True, help="Stop before any work if a row is bad.")

@@ -7,29 +7,35 @@ from typing import Any
 
 import click
 
-from fluxcli.cli.options import TEXT_LENGTHS, json_output, machine_options, verbosity
+from fluxcli.cli.options import TEXT_LENGTHS, choice, example, json_output, machine_options, verbosity
 from fluxcli.cli.settings import checkpoint_of, engine_settings, load_engine, say
 from fluxcli.cli.types import MOST_IMAGES, Numbers, Size
 from fluxcli.core import config
 
 
-@click.command()
-@click.option("--size", "sizes", type=Size(), multiple=True, help="May be given several times.  [default: the model's]")
+@click.command(epilog=example("fluxcli bench -m random:flux-dev --size 1024x1024 --batch-size 1,16 --vs diffusers"))
+@click.option(
+    "--size",
+    "sizes",
+    type=Size(),
+    multiple=True,
+    help="Of an image. May be given several times.  [default: the model's]",
+)
 @click.option(
     "--batch-size",
     "batch_sizes",
     type=Numbers("batch sizes", MOST_IMAGES),
     default=(1, config.BATCH_SIZE),
-    help=f"Several may be given.  [default: 1,{config.BATCH_SIZE}]",
+    help=f"Images per batch, one figure or several.  [default: 1,{config.BATCH_SIZE}]",
 )
 @click.option(
     "--text-lengths",
     type=TEXT_LENGTHS,
     default=(config.MAX_TEXT_LENGTH,),
-    help=f"In T5 tokens.  [default: {config.MAX_TEXT_LENGTH}, the reference setting]",
+    help=f"Lengths of prompts, in T5 tokens.  [default: {config.MAX_TEXT_LENGTH}, the reference setting]",
 )
-@click.option("--steps", type=click.IntRange(1, 1000), help="Of a whole image.  [default: the model's]")
-@click.option("--vs", type=click.Choice(("diffusers",)), help="Also run this on the same weights: eager and compiled.")
+@click.option("--steps", type=click.IntRange(1, 1000), metavar="N", help="Of a whole image.  [default: the model's]")
+@click.option("--vs", type=choice("diffusers"), help="Also run this on the same weights: eager and compiled.")
 @click.option("--cold-start", is_flag=True, help="Also time two new processes: with empty caches, then from the cache.")
 @machine_options
 @json_output

@@ -7,16 +7,30 @@ from typing import Any
 
 import click
 
-from fluxcli.cli.options import batch_size_option, engine_options, format_options, json_output, row_options, verbosity
+from fluxcli.cli.options import (
+    batch_size_option,
+    engine_options,
+    example,
+    format_options,
+    json_output,
+    row_options,
+    verbosity,
+)
 from fluxcli.cli.settings import batch_sizes, load_engine, say, settings
 from fluxcli.core import config
 from fluxcli.core.errors import UsageError
 
 
-@click.command()
+@click.command(epilog=example('fluxcli gen "a green star on a white background" -n 4 -o stars'))
 @click.argument("prompt")
 @click.option(
-    "-n", "--num-images", type=click.IntRange(1, 10_000), default=1, show_default=True, help="Seeds count up."
+    "-n",
+    "--num-images",
+    type=click.IntRange(1, 10_000),
+    metavar="N",
+    default=1,
+    show_default=True,
+    help="How many; seeds count up.",
 )
 @click.option(
     "-o",

@@ -12,7 +12,7 @@ from fluxcli import __version__
 from fluxcli.cli.batch import batch
 from fluxcli.cli.bench import bench
 from fluxcli.cli.gen import gen
-from fluxcli.cli.options import verbosity
+from fluxcli.cli.options import example, verbosity
 from fluxcli.cli.settings import say
 from fluxcli.cli.verify import verify
 from fluxcli.cli.warmup import warmup
@@ -63,7 +63,11 @@ def _tell(message: str, exit_code: int) -> int:
     return exit_code
 
 
-@click.group(cls=_Cli, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=_Cli,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=example("fluxcli batch prompts.jsonl -o out", 'fluxcli gen "a green star on a white background"'),
+)
 @click.version_option(__version__, prog_name="fluxcli")
 @verbosity
 def cli() -> None:

@@ -19,6 +19,22 @@ def _verbose(ctx: click.Context, param: click.Parameter, value: bool) -> None:
         ctx.meta["fluxcli.verbose"] = True
 
 
+class _Defaulted(click.Option):
+    """An environment variable's value is a default: --config goes before it."""
+
+    def resolve_envvar_value(self, ctx: click.Context) -> str | None:
+        return None if self.name in (ctx.default_map or {}) else super().resolve_envvar_value(ctx)
+
+
+def choice(*values: str) -> click.Choice[str]:
+    return click.Choice(values, case_sensitive=False)
+
+
+def example(*lines: str) -> str:
+    """The end of a command's help."""
+    return "\b\n" + "\n".join(["Example:", *(f"  {line}" for line in lines)])
+
+
 def options(*options: Callable[..., Any]) -> Callable[..., Any]:
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         for option in reversed(options):
@@ -33,16 +49,42 @@ verbosity = click.option(
 )
 TEXT_LENGTHS = Numbers("text lengths", config.MAX_TEXT_LENGTH)
 machine_options = options(
-    click.option("-m", "--model", metavar="MODEL", help="Hub id, pipeline directory, tiny, or random:flux-dev."),
+    click.option(
+        "-m",
+        "--model",
+        cls=_Defaulted,
+        metavar="MODEL",
+        envvar="FLUXCLI_MODEL",
+        show_envvar=True,
+        help="Hub id, pipeline directory, tiny, or random:flux-dev.  [default: FLUX.1-dev on a GPU, else tiny]",
+    ),
     click.option("--revision", help="Branch, tag or commit of a model from the hub."),
-    click.option("--dtype", type=click.Choice(("auto", *config.DTYPES)), default="auto", show_default=True),
-    click.option("--device", type=Device(), default="auto", show_default=True),
+    click.option(
+        "--dtype",
+        type=choice("auto", *config.DTYPES),
+        default="auto",
+        show_default=True,
+        help="Of weights and activations. auto: bfloat16 on a GPU, float32 on a CPU.",
+    ),
+    click.option(
+        "--device",
+        type=Device(),
+        default="auto",
+        show_default=True,
+        help="Where it runs. auto: a GPU, if there is one.",
+    ),
     click.option(
         "--compile/--no-compile",
         default=None,
         help="Prepare each shape: captured graphs on a GPU, torch.compile on a CPU.  [default: on a GPU]",
     ),
-    click.option("--attention", type=click.Choice(("auto", *config.ATTENTION)), default="auto", show_default=True),
+    click.option(
+        "--attention",
+        type=choice("auto", *config.ATTENTION),
+        default="auto",
+        show_default=True,
+        help="The library for it. auto: the fastest for each shape, measured once.",
+    ),
 )
 engine_options = options(
     machine_options,
@@ -55,15 +97,24 @@ engine_options = options(
     ),
 )
 row_options = options(
-    click.option("--width", type=Side(), help="Where a row has none.  [default: the model's]"),
-    click.option("--height", type=Side(), help="Where a row has none.  [default: the model's]"),
-    click.option("--steps", type=click.IntRange(1, 1000), help="Denoising steps.  [default: the model's]"),
+    click.option("--width", type=Side(), help="Of an image whose row has none.  [default: the model's]"),
+    click.option("--height", type=Side(), help="Of an image whose row has none.  [default: the model's]"),
+    click.option("--steps", type=click.IntRange(1, 1000), metavar="N", help="Denoising steps.  [default: the model's]"),
     click.option("--guidance", type=Finite(), help="Guidance scale.  [default: 3.5 where the model takes one]"),
-    click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True),
+    click.option(
+        "--seed",
+        type=click.IntRange(0, 2**63 - 1),
+        default=0,
+        show_default=True,
+        metavar="N",
+        help="Of gen's first image; a row without one derives its own from this and its id.",
+    ),
 )
 format_options = options(
-    click.option("--format", type=click.Choice(FORMATS), default="png", show_default=True),
-    click.option("--quality", type=click.IntRange(1, 100), default=95, show_default=True, help="Of JPEG and WebP."),
+    click.option("--format", type=choice(*FORMATS), default="png", show_default=True, help="Of the image files."),
+    click.option(
+        "--quality", type=click.IntRange(1, 100), metavar="N", default=95, show_default=True, help="Of JPEG and WebP."
+    ),
 )
 batch_size_option = click.option(
     "--batch-size",
@@ -90,7 +141,7 @@ def _read_config(ctx: click.Context, param: click.Parameter, path: str | None) -
         if option is None or option.name in (None, "config"):
             raise click.BadParameter(f"{path}: there is no option {key!r}", ctx, param)
         # click would round and guess: 1.9 is no seed, and true no size.
-        whole = isinstance(option.type, click.IntRange | Side | BatchSize) and value != "auto"
+        whole = isinstance(option.type, click.IntRange | Side | BatchSize) and str(value).lower() != "auto"
         flag = isinstance(option, click.Option) and option.is_flag
         if (whole and type(value) is not int) or (flag and type(value) is not bool):
             wanted = "an integer" if whole else "true or false"

@@ -1,6 +1,5 @@
 """What the options mean on this machine: the model, the engine and its settings, every "auto" and default settled."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -23,8 +22,6 @@ def say(text: str) -> None:
 def checkpoint_of(name: str | None, revision: str | None) -> "Checkpoint":
     from fluxcli.models import checkpoints
 
-    if name is None:
-        name = os.environ.get("FLUXCLI_MODEL") or None
     if name is None:
         from fluxcli.engine.runtime import device
 

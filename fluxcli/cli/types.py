@@ -8,7 +8,14 @@ import click
 MOST_IMAGES = 1024  # in a batch
 
 
-class Numbers(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+class _Type(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """Its name is shown as it is: what may be typed in small letters, what stands for something in large ones."""
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        return self.name
+
+
+class Numbers(_Type):
     """A list like 64,128: each number once, in order."""
 
     name = "N,N,..."
@@ -27,7 +34,7 @@ class Numbers(click.ParamType):  # type: ignore[type-arg,unused-ignore]
         return tuple(numbers)
 
 
-class Side(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+class Side(_Type):
     name = "PIXELS"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
@@ -40,7 +47,7 @@ class Side(click.ParamType):  # type: ignore[type-arg,unused-ignore]
         return side
 
 
-class Size(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+class Size(_Type):
     name = "WxH"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
@@ -52,21 +59,22 @@ class Size(click.ParamType):  # type: ignore[type-arg,unused-ignore]
         return Side().convert(width, param, ctx), Side().convert(height, param, ctx)
 
 
-class Device(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+class Device(_Type):
     name = "auto|cuda|cuda:N|cpu"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        kind, colon, index = str(value).partition(":")
+        device = str(value).lower()
+        kind, colon, index = device.partition(":")
         if kind not in ("auto", "cuda", "cpu") or (colon and (kind != "cuda" or not index.isdecimal())):
             self.fail(f"{value!r} is none of auto, cuda, cuda:N and cpu", param, ctx)
-        return str(value)
+        return device
 
 
-class BatchSize(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+class BatchSize(_Type):
     name = "N|auto"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
-        if value == "auto":
+        if str(value).lower() == "auto":
             return "auto"
         size = int(value) if str(value).isdecimal() else 0
         if not 1 <= size <= MOST_IMAGES:
@@ -74,7 +82,7 @@ class BatchSize(click.ParamType):  # type: ignore[type-arg,unused-ignore]
         return size
 
 
-class Finite(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+class Finite(_Type):
     name = "NUMBER"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:

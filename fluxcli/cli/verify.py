@@ -6,11 +6,11 @@ from pathlib import Path
 
 import click
 
-from fluxcli.cli.options import json_output, verbosity
+from fluxcli.cli.options import example, json_output, verbosity
 from fluxcli.cli.settings import say
 
 
-@click.command()
+@click.command(epilog=example("fluxcli verify out --repair"))
 @click.argument("directory", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--repair", is_flag=True, help="Remove what is broken, so that the next run makes it again.")
 @click.option("--yes", is_flag=True, help="Repair without asking.")

@@ -8,18 +8,38 @@ from typing import Any
 
 import click
 
-from fluxcli.cli.options import FILE, batch_size_option, engine_options, json_output, row_options, verbosity
+from fluxcli.cli.options import FILE, batch_size_option, engine_options, example, json_output, row_options, verbosity
 from fluxcli.cli.settings import batch_sizes, load_engine, say, settings
 from fluxcli.cli.types import Size
 from fluxcli.core import config
 
 
-@click.command()
+@click.command(
+    epilog=example(
+        "fluxcli warmup prompts.jsonl --batch-size 16 --export cache.zip --key cache.key",
+        "fluxcli warmup --import cache.zip --key cache.key",
+    )
+)
 @click.argument("input", type=click.Path(exists=True, dir_okay=False, allow_dash=True), required=False)
-@click.option("--size", "sizes", type=Size(), multiple=True, help="Instead of INPUT; may be given several times.")
-@click.option("--export", type=FILE, help="Write what these shapes need to FILE, for machines like this one.")
+@click.option("--size", "sizes", type=Size(), multiple=True, help="Instead of INPUT. May be given several times.")
 @click.option(
-    "--import", "import_", type=FILE, help="Fill the cache from such a FILE, from a source you trust: it holds code."
+    "--export",
+    type=FILE,
+    help="Write what these shapes need to FILE, for machines like this one. Without --key it carries what was measured "
+    "and no compiled code.",
+)
+@click.option(
+    "--import",
+    "import_",
+    type=FILE,
+    help="Fill the cache from such a FILE. Compiled code in it will run here, with all that you may do: it is taken in "
+    "only if it was signed with your --key.",
+)
+@click.option(
+    "--key",
+    type=FILE,
+    help="FILE with a secret of yours: it signs what --export writes, and proves to --import who wrote that. --export "
+    "makes one where there is none.",
 )
 @batch_size_option
 @row_options
@@ -31,6 +51,7 @@ def warmup(
     sizes: Sequence[tuple[int, int]],
     export: Path | None,
     import_: Path | None,
+    key: Path | None,
     batch_size: int | str,
     as_json: bool,
     **options: Any,
@@ -40,18 +61,25 @@ def warmup(
     A later batch on the same shapes compiles nothing. With --import and neither INPUT nor --size nothing is compiled.
     """
     from fluxcli.core.records import Group, ShapeKey, WarmUp
-    from fluxcli.engine.runtime import cache_archive, compile_cache
+    from fluxcli.engine.runtime import cache_archive, compile_cache, sealed
     from fluxcli.job.input.read import PromptFile
     from fluxcli.job.job import Job
     from fluxcli.job.plan import size_of
 
     if input is not None and sizes:
         raise click.UsageError("give INPUT or --size, not both")
+    if key is not None and export is None and import_ is None:
+        raise click.UsageError("--key goes with --export or --import")
     checkpoint, engine_config, defaults = settings(options)
     if export is not None:
         cache_archive.check_export(export)
+        if key is None:
+            say("without --key the exported file carries what was measured, and no compiled code")
+        elif import_ is None and sealed.make_key(key):
+            say(f"{key}: a new key, which signs the exported file; copy it to where that is to be imported, in secret")
+    secret = None if key is None else sealed.read_key(key)
     if import_ is not None:
-        entries = cache_archive.import_(compile_cache.CompileCache(checkpoint, engine_config), import_)
+        entries = cache_archive.import_(compile_cache.CompileCache(checkpoint, engine_config), import_, secret)
         say(f"{import_}: {entries} entries; cache: {compile_cache.root()}")
         if input is None and not sizes and export is None:
             if as_json:
@@ -77,7 +105,7 @@ def warmup(
     seconds = time.perf_counter() - start
     say(f"{len(shapes)} shapes in {seconds:.1f} s with the model's loading; cache: {compile_cache.root()}")
     if export is not None:
-        size = cache_archive.export(compile_cache.CompileCache(checkpoint, engine_config), export)
+        size = cache_archive.export(compile_cache.CompileCache(checkpoint, engine_config), export, secret)
         say(f"{export}: {size / 1e6:.1f} MB")
     if as_json:
         rows = [

@@ -1,13 +1,15 @@
 """The pipelines that benchmarks write and run: what is written loads in fluxcli and in diffusers alike."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from fluxcli.engine.engine import Engine
 from fluxcli.engine.runtime.device import resolve as resolve_device
 from fluxcli.models.checkpoints import BUILT_IN, resolve
+from jobs.bench import pipeline
 from jobs.bench.full_size import write
 from tests.engine.test_parity import records, reference, run, worst
 
@@ -24,13 +26,11 @@ def test_what_is_written_loads_everywhere_and_draws_the_same(tmp_path: Path) -> 
     assert worst(run(engine, rows), reference(directory, rows)) <= 1
 
 
-def test_diffusers_own_pipeline_is_timed(tmp_path: Path) -> None:
+def test_diffusers_own_pipeline_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\na blue square\na green star\n")
     arguments = [TINY, prompts, "--batch-size", 2, "--steps", 2, "--size", 64, "--no-compile"]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "jobs.bench.pipeline", *map(str, arguments)],
-        capture_output=True, check=True,
-    )  # fmt: skip
-    result = json.loads(done.stdout)
+    monkeypatch.setattr(sys, "argv", ["pipeline.py", *map(str, arguments)])
+    pipeline.main()
+    result = json.loads(capsys.readouterr().out)
     assert result["images_per_hour"] == 3600 * 2 / result["seconds"] > 0

@@ -251,11 +251,11 @@ def test_seeds_follow_from_ids_so_that_two_jobs_agree(mixed: Job, clean: Job) ->
 # Again
 
 
-def test_the_same_command_again_does_nothing_and_changes_nothing(command, clean: Job, tmp_path: Path) -> None:
+def test_the_same_command_again_does_nothing_and_changes_nothing(inside, clean: Job, tmp_path: Path) -> None:
     home = copy_of(clean.home, tmp_path)
     before = files(home)
     times = {path: path.stat().st_mtime_ns for path in (home / "out" / "prompts" / "images").iterdir()}
-    result = command("batch", "prompts.jsonl", *SMALL, cwd=home)
+    result = inside("batch", "prompts.jsonl", *SMALL, cwd=home)
     assert result.returncode == 0, result.stderr
     after = files(home)
     runs = "out/prompts/runs.jsonl"
@@ -307,10 +307,10 @@ def test_no_retry_failed_leaves_failed_rows_alone(inside, mixed: Job, tmp_path: 
     assert (result.json["images"], result.json["skipped"], result.json["done_before"]) == (0, 4, 5)
 
 
-def test_other_settings_are_refused_with_each_difference(command, mixed: Job, tmp_path: Path) -> None:
+def test_other_settings_are_refused_with_each_difference(inside, mixed: Job, tmp_path: Path) -> None:
     home = copy_of(mixed.home, tmp_path)
     other = ("--steps", 3, "--seed", 9, "--format", "jpg", "--text-lengths", 512, "--dtype", "bfloat16")
-    result = command("batch", "in.jsonl", "-o", "out", *SMALL[:-2], *other, cwd=home)
+    result = inside("batch", "in.jsonl", "-o", "out", *SMALL[:-2], *other, cwd=home)
     assert result.returncode == 1
     for difference in ("steps was 1, now 3", "seed was 0, now 9", "format was png, now jpg", "now 512", "now bfloat16"):
         assert difference in result.stderr
@@ -429,9 +429,9 @@ def test_rows_nested_to_any_depth_cost_no_other_row_its_image(command, tmp_path:
 # --dry-run and --config
 
 
-def test_dry_run_shows_the_plan_as_a_table_on_stderr_and_makes_nothing(command, tmp_path: Path) -> None:
+def test_dry_run_shows_the_plan_as_a_table_on_stderr_and_makes_nothing(inside, tmp_path: Path) -> None:
     write_input(tmp_path / "in.jsonl")
-    result = command("batch", "in.jsonl", "-o", "out", *SMALL, "--dry-run", "--batch-size", 2, cwd=tmp_path)
+    result = inside("batch", "in.jsonl", "-o", "out", *SMALL, "--dry-run", "--batch-size", 2, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout == ""
     assert files(tmp_path).keys() == {"in.jsonl"}
@@ -459,13 +459,13 @@ def test_dry_run_as_json_counts_buckets_batches_padding_shapes_and_what_is_done(
     assert [failure["line"] for failure in plan["failures"]] == [4, 5, 7, 8]
 
 
-def test_a_config_file_sets_options_and_the_command_line_wins(command, tmp_path: Path) -> None:
+def test_a_config_file_sets_options_and_the_command_line_wins(inside, tmp_path: Path) -> None:
     toml = (
         'model = "tiny"\nwidth = 96\nheight = 80\nsteps = 3\nbatch-size = 2\nlimit = 3\ndry-run = true\njson = true\n'
     )
     (tmp_path / "job.toml").write_text(toml + 'text_lengths = [32, 512]\noutput = "here"\n')
     write_rows(tmp_path / "in.jsonl", [{"prompt": "x"}] * 5)
-    result = command("batch", "--config", "job.toml", "in.jsonl", "--steps", 2, cwd=tmp_path)
+    result = inside("batch", "--config", "job.toml", "in.jsonl", "--steps", 2, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     plan = result.json
     assert plan["directory"] == "here"

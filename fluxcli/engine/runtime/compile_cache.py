@@ -1,5 +1,6 @@
 """Where compiled code is kept between processes: Inductor's and Triton's caches, and what was measured to be fastest,
-under $FLUXCLI_CACHE, one folder per torch, CUDA, GPU and model architecture."""
+under $FLUXCLI_CACHE, one folder per torch, CUDA, GPU and model architecture. It is code that runs here, so it is read
+only where no other user can write."""
 
 import hashlib
 import json
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 
 from fluxcli.core.config import EngineConfig
+from fluxcli.core.errors import CacheError
+from fluxcli.core.ownership import make_private, open_to_others
 from fluxcli.models.checkpoints import Checkpoint
 
 
@@ -21,6 +24,9 @@ class CompileCache:
 
     Attributes:
         environment: what compiled code depends on: versions, GPU, and the model's architecture with its dtype.
+
+    Raises:
+        CacheError: another user could have put code there.
     """
 
     def __init__(self, checkpoint: Checkpoint, config: EngineConfig) -> None:
@@ -29,13 +35,30 @@ class CompileCache:
         machine = f"cuda{cuda}-{gpu}" if gpu else "cpu"
         folder = re.sub(r"[^\w.+-]+", "_", f"torch{torch.__version__}-{machine}")
         self.directory = root() / "compile" / folder / self.environment["architecture"]
+        if gpu or config.compile:
+            self.check_private()
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(self.directory / "inductor")
         os.environ["TRITON_CACHE_DIR"] = str(self.directory / "triton")
         if gpu:
             _listen_to_triton()
 
+    def check_private(self) -> None:
+        """Makes the cache's root where it is missing; raises CacheError where others can write into the cache."""
+        places = (root(), self.directory / "inductor", self.directory / "triton", *_shared().values())
+        advice = "set FLUXCLI_CACHE to a directory of your own"
+        try:
+            make_private(root())
+            reason = next(filter(None, map(open_to_others, places)), None)
+        except OSError as error:
+            raise CacheError(f"the compile cache {root()} cannot be made: {error.strerror}; {advice}") from error
+        if reason:
+            raise CacheError(
+                f"the compile cache {root()} holds code that runs here, and {reason}: chmod go-w, or {advice}"
+            )
+
     def add(self, name: str, choices: dict[str, Any]) -> None:
         """Measured choices, into the file `name` of the folder; they replace those of the same keys."""
+        self.check_private()
         self.directory.mkdir(parents=True, exist_ok=True)
         temporary = self.directory / f"{name}.{os.getpid()}"
         temporary.write_text(json.dumps({**self.read(name), **choices}, indent=1))
@@ -43,6 +66,7 @@ class CompileCache:
 
     def read(self, name: str) -> dict[str, Any]:
         """The choices in a file of the folder; none where it is not there."""
+        self.check_private()
         try:
             return dict(json.loads((self.directory / name).read_text()))
         except (OSError, ValueError, TypeError):
@@ -59,8 +83,12 @@ def root() -> Path:
 def share_cute_caches() -> None:
     """FlashAttention-4 and quack-kernels compile for each kind of shape, and read these when they are imported."""
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
-    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(root() / "flash-attn-4"))
-    os.environ.setdefault("QUACK_CACHE_DIR", str(root() / "quack"))
+    for variable, directory in _shared().items():
+        os.environ.setdefault(variable, str(directory))
+
+
+def _shared() -> dict[str, Path]:
+    return {"FLASH_ATTENTION_CUTE_DSL_CACHE_DIR": root() / "flash-attn-4", "QUACK_CACHE_DIR": root() / "quack"}
 
 
 def compile_counts() -> Counter[str]:

@@ -1,6 +1,6 @@
 """The built-in model draws what unseen prompts say, through diffusers, from the weights that ship.
 
-How the settings of fluxcli bear on adherence is test_adherence.py's matter.
+How the settings of fluxcli bear on adherence is the matter of tests/models/tiny/test_adherence.py.
 """
 
 import random
@@ -20,22 +20,6 @@ from jobs.tiny.train import reconstruction
 @pytest.fixture(scope="module")
 def pipeline() -> FluxPipeline:
     return FluxPipeline.from_pretrained(DIRECTORY, torch_dtype=torch.float32)
-
-
-def test_weights_are_small_and_half_precision() -> None:
-    from safetensors import safe_open
-
-    files = list(DIRECTORY.rglob("*.safetensors"))
-    assert sum(path.stat().st_size for path in files) <= 12 * 2**20
-    for path in files:
-        with safe_open(path, "pt") as tensors:
-            assert {tensors.get_slice(name).get_dtype() for name in tensors.keys()} == {"BF16"}, path  # noqa: SIM118
-
-
-def test_configs_name_no_machine_and_no_release() -> None:
-    for path in DIRECTORY.rglob("*.json"):
-        text = path.read_text(encoding="utf-8")
-        assert "_name_or_path" not in text and "_version" not in text, path
 
 
 def test_the_vae_keeps_what_the_judge_reads(pipeline: FluxPipeline) -> None:

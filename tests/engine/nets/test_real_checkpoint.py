@@ -1,30 +1,18 @@
-"""Against the real thing, where it is at hand: FLUX.1's own configs, tokenizers and weight indexes, PartiPrompts."""
+"""The denoiser against FLUX.1's own configs and weight indexes, where they are at hand."""
 
-import csv
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from fluxcli.core.config import TEXT_LENGTHS, RowDefaults
 from fluxcli.core.errors import ModelError
-from fluxcli.core.records import PromptRecord
 from fluxcli.engine.nets.flux1 import Flux, FluxConfig
 from fluxcli.engine.weights.fill import load_transformer
-from fluxcli.job.input.intake import Intake, take_in
-from fluxcli.job.input.read import PromptFile
-from fluxcli.job.plan import padded_sizes, plan
 from fluxcli.models.checkpoints import resolve
-from fluxcli.models.tokenizers import Tokenizers
 from tests import pipelines
-from tests.conftest import read_rows
-from tests.engine.test_parity import reference, worst
-from tests.pipelines import DEV, PARTI, REAL_DEV, REAL_SCHNELL
+from tests.pipelines import DEV, REAL_DEV, REAL_SCHNELL
 
 pytestmark = pytest.mark.skipif(not pipelines.SHARED.is_dir(), reason="FLUX.1's files are not beside the project")
 both = pytest.mark.parametrize("real", [REAL_DEV, REAL_SCHNELL], ids=["dev", "schnell"])
@@ -38,9 +26,6 @@ def config_of(directory: Path) -> FluxConfig:
 def weight_map(directory: Path) -> dict[str, str]:
     mapped: dict[str, str] = json.loads((directory / "transformer" / INDEX).read_text())["weight_map"]
     return mapped
-
-
-# Configs and weights
 
 
 @both
@@ -114,84 +99,3 @@ def test_a_shard_without_a_tensor_of_the_real_index_is_refused_by_name(sharded) 
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(ModelError, match=name), load_transformer(resolve(str(directory)), "cpu", torch.float32):
         pass
-
-
-# PartiPrompts
-
-
-@pytest.fixture(scope="module")
-def parti() -> list[dict[str, str]]:
-    with PARTI.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-
-
-@pytest.fixture(scope="module")
-def intake(pipeline) -> Iterator[Intake]:
-    """PartiPrompts taken in with the real tokenizer."""
-    source = PromptFile(str(PARTI))
-    tokenizers = Tokenizers(pipeline(DEV, real=True))
-    yield take_in(source, RowDefaults(1024, 1024, 28, 3.5), TEXT_LENGTHS, tokenizers.count)
-    source.close()
-
-
-def test_every_partiprompt_is_a_good_row(intake: Intake, parti: list[dict[str, str]]) -> None:
-    assert not intake.failures
-    records = intake.records(range(len(intake.groups)))
-    assert len(records) == len(parti) == 1632
-    assert [record.prompt for record in records] == [row["Prompt"] for row in parti]
-    assert [record.meta["Category"] for record in records] == [row["Category"] for row in parti]
-
-
-def test_the_real_tokenizer_counts_what_is_known_of_partiprompts(intake: Intake) -> None:
-    counts = np.array([tokens for tokens, _ in intake.text_tokens()])
-    assert (np.median(counts), np.percentile(counts, 95), counts.max()) == (11, 39, 105)
-
-
-def test_partiprompts_fit_the_two_smallest_buckets(intake: Intake) -> None:
-    for tokens, length in intake.text_tokens():
-        assert length == (64 if tokens <= 64 else 128)
-    assert intake.truncated == 0
-    planned = plan(intake.groups, 16, padded_sizes(16))
-    assert sorted(row for batch in planned for row in batch.rows) == list(range(1632))
-    assert {key.text_length for key in planned.shapes()} == {64, 128}
-
-
-def test_the_real_tokenizers_pad_and_cut_as_diffusers_does(pipeline) -> None:
-    from transformers import AutoTokenizer
-
-    directory = pipeline(DEV, real=True)
-    tokenizers = Tokenizers(directory)
-    prompts = ["a bench", "Ünïcödé 星 🐱", "word " * 600]
-    for part, length, ours in (
-        ("tokenizer_2", 64, tokenizers.t5(prompts, 64)),
-        ("tokenizer_2", 512, tokenizers.t5(prompts, 512)),
-        ("tokenizer", 77, tokenizers.clip(prompts)),
-    ):
-        theirs = AutoTokenizer.from_pretrained(directory / part)
-        assert ours == theirs(prompts, padding="max_length", max_length=length, truncation=True).input_ids
-
-
-@pytest.mark.slow
-def test_a_job_over_200_partiprompts_joins_back_to_its_input_and_equals_diffusers(
-    fluxcli, pipeline, parti: list[dict[str, str]], tmp_path: Path
-) -> None:
-    model = pipeline(DEV, real=True)
-    options = ("--width", 64, "--height", 64, "--steps", 2, "--batch-size", 16, "--limit", 200)
-    result = fluxcli("batch", PARTI, "-o", "out", "-m", model, *options)
-    assert result.returncode == 0, result.stderr
-    rows = {row["id"]: row for row in read_rows(tmp_path / "out" / "manifest.jsonl")}
-    assert rows.keys() == {f"{index:06d}" for index in range(200)}
-    made = []
-    for row, given in ((rows[f"{index:06d}"], given) for index, given in enumerate(parti[:200])):
-        assert {"Prompt": row["prompt"], **row["meta"]} == given
-        made.append(np.asarray(Image.open(tmp_path / "out" / row["file_name"])))
-    records = [
-        PromptRecord(
-            row["id"], row["prompt"], row["seed"], row["width"], row["height"], row["num_inference_steps"],
-            row["guidance_scale"], 1, text_tokens=row["text_tokens"], text_length=row["text_length"],
-        )
-        for row in (rows[f"{index:06d}"] for index in range(200))
-    ]  # fmt: skip
-    theirs = reference(model, records)
-    assert theirs.std() > 5, "flat pictures would prove nothing"
-    assert worst(np.stack(made), theirs) <= 1
