@@ -152,7 +152,7 @@ def _faults(name: str, revision: str | None) -> Iterator[None]:
         if status == HTTPStatus.TOO_MANY_REQUESTS:
             why = "the hub asks to wait (429 Too Many Requests): try again later, or set HF_TOKEN"
         else:
-            why = f"the hub answered {status}: {shown(_first_line(error))}"
+            why = f"the hub answered {status}; try again later"
         raise ModelError(f"--model {name}: not in the local cache, and {why}") from error
     except (HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # the disk's, not the network's

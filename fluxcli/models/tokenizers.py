@@ -81,6 +81,8 @@ def _load(directory: Path, part: str, family: Family) -> Any:
         except RecursionError:
             raise ModelError(f"{folder}: the tokenizer cannot be loaded: nested too deeply") from None
         except Exception as error:  # tokenizers, which is Rust, raises the bare class
+            if vocabulary == ("spiece.model",):  # transformers goes on to guess at other formats
+                raise ModelError(f"{folder}: spiece.model cannot be read") from error
             why = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ModelError(f"{folder}: the tokenizer cannot be loaded: {shown(why)}") from error
 
