@@ -57,7 +57,7 @@ engine_options = options(
 row_options = options(
     click.option("--width", type=Side(), help="Where a row has none.  [default: the model's]"),
     click.option("--height", type=Side(), help="Where a row has none.  [default: the model's]"),
-    click.option("--steps", type=click.IntRange(1, 1000), help="Denoising steps.  [default: the model's]"),
+    click.option("--steps", type=click.IntRange(1, config.MAX_STEPS), help="Denoising steps.  [default: the model's]"),
     click.option("--guidance", type=Finite(), help="Guidance scale.  [default: 3.5 where the model takes one]"),
     click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True),
 )

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fluxcli.core.config import RowDefaults
+from fluxcli.core.config import MAX_STEPS, RowDefaults
 from fluxcli.core.errors import ModelError
 from fluxcli.models import hub
 from fluxcli.models.configs import transformer_config
@@ -84,7 +84,7 @@ class Checkpoint:
                 "num_inference_steps",
                 # FLUX.1-schnell, the timestep-distilled one, is told by its missing guidance embedding.
                 family.guided_steps if self.takes_guidance else family.steps,
-                lambda steps: 1 <= steps <= family.most_steps,
+                lambda steps: 1 <= steps <= MAX_STEPS,
             ),
             guidance_scale=family.guidance if self.takes_guidance else None,
         )

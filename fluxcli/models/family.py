@@ -34,11 +34,10 @@ class Family:
         transformer: the defaults of transformer/config.json, which a file may leave out.
         side: pixels along each side of an image where nobody says.
         sides: the least and the most that a side may have.
-        patch: pixels along a side of one image token; a side is a multiple of it.
+        token_side: pixels along a side of one image token; a side is a multiple of it.
         guidance: the default guidance scale, where the model takes one.
         steps: denoising steps where nobody says, of a model that takes no guidance scale: it is distilled for few.
         guided_steps: the same, of one that takes it.
-        most_steps: that a row may ask for.
     """
 
     name: str
@@ -47,12 +46,11 @@ class Family:
     transformer: Mapping[str, object]
     side: int
     sides: tuple[int, int]
-    patch: int
+    token_side: int
     guidance: float
     steps: int
     guided_steps: int
-    most_steps: int
 
     def draws(self, side: int) -> bool:
         """Whether an image may have a side of so many pixels."""
-        return side % self.patch == 0 and self.sides[0] <= side <= self.sides[1]
+        return side % self.token_side == 0 and self.sides[0] <= side <= self.sides[1]

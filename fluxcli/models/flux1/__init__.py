@@ -1,0 +1,1 @@
+"""FLUX.1: what is known of it without torch."""

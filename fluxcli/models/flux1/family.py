@@ -1,5 +1,6 @@
 """What FLUX.1 is: dev, schnell, Krea and what was made of them."""
 
+from fluxcli.core.records import TOKEN_SIDE
 from fluxcli.models.family import Family, Part
 
 _BACKEND = "PreTrainedTokenizerFast"  # reads any tokenizer.json as it stands
@@ -66,9 +67,8 @@ FLUX1 = Family(
     },
     side=1024,
     sides=(64, 4096),
-    patch=16,  # 8 of the VAE, 2 of the packing
+    token_side=TOKEN_SIDE,
     guidance=3.5,
     steps=4,
     guided_steps=28,
-    most_steps=1000,
 )
