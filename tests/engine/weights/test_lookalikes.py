@@ -1,7 +1,10 @@
 """Checkpoints as they are in the wild: saved over, converted, merged from others' parts. What the libraries read is
 read, to the same tensors."""
 
+import json
+import pickle
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +14,10 @@ import torch
 from safetensors.torch import load_file
 
 from fluxcli.core.errors import ModelError
+from fluxcli.engine.denoise import Schedule
 from fluxcli.engine.weights import fill
 from fluxcli.models.checkpoints import resolve
+from fluxcli.models.tokenizers import Tokenizers
 from tests.models.conftest import WEIGHTS, edit, rewrite, shard
 from tests.pipelines import DEV
 
@@ -198,3 +203,52 @@ def test_what_no_machine_can_build_is_told_in_a_line(model: Path, name: str, cha
     edit(model / name / "config.json", **changes)
     with pytest.raises(ModelError, match=rf"{name}/config\.json: cannot be built"):
         transformer(model) if name == "transformer" else part(model, name)
+
+
+class Payload:
+    """Runs `Path.touch` where it is unpickled."""
+
+    def __init__(self, ran: Path) -> None:
+        self._ran = ran
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self._ran,)
+
+
+PICKLES = ("pytorch_model.bin", "diffusion_pytorch_model.bin", "training_args.bin", "model.pt", "model.ckpt")
+
+
+def test_a_directory_full_of_pickles_and_code_runs_none_of_it_and_asks_nobody(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loaded whole, as a job loads it, with every socket closed."""
+    ran, index = tmp_path / "ran", json.loads((model / "model_index.json").read_text())
+
+    def connect(*args: object) -> None:
+        raise AssertionError("a model directory reaches for the network")
+
+    monkeypatch.setattr("socket.socket.connect", connect)
+    monkeypatch.setattr("builtins.input", lambda prompt="": "y")
+    auto_map = {each: "evil.Evil" for each in ("AutoModel", "AutoConfig", "AutoTokenizer")}
+    for folder in (model, *(model / name for name in index if (model / name).is_dir())):
+        (folder / "evil.py").write_text(f"from pathlib import Path\nPath({str(ran)!r}).touch()\nclass Evil: pass\n")
+        for name in PICKLES:
+            (folder / name).write_bytes(pickle.dumps(Payload(ran)))
+        for config in folder.glob("*config.json"):
+            if folder.name != "transformer":
+                edit(config, auto_map=auto_map, trust_remote_code=True)
+    before = transformer(model)
+    for name in ("text_encoder", "text_encoder_2", "vae"):
+        part(model, name)
+    Tokenizers(model).count(["a prompt"])
+    Schedule(model / "scheduler")(4, 16)
+    resolve(str(model)).fingerprint()
+    assert same(transformer(model), before)
+    weights = model / "transformer" / WEIGHTS["transformer"]
+    weights.write_bytes(pickle.dumps(Payload(ran)))
+    with pytest.raises(ModelError, match=r"cannot be read: it is a pickle under another name"):
+        resolve(str(model))
+    weights.unlink()
+    with pytest.raises(ModelError, match=r"transformer: has neither .* is not read: such files can run code"):
+        resolve(str(model))
+    assert not ran.exists() and "evil" not in sys.modules
