@@ -4,6 +4,7 @@ weight files, before the first is loaded. In steps, so that of a repository no m
 import os
 import re
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from fluxcli.models.weight_files import weight_files
 
 INDEX = "model_index.json"
 # Each is a whole vocabulary. Where none is there, transformers makes an empty one up and says nothing.
-VOCABULARIES = (("tokenizer.json",), ("spiece.model",), ("vocab.json", "merges.txt"))
+SPIECE = ("spiece.model",)
+VOCABULARIES = (("tokenizer.json",), SPIECE, ("vocab.json", "merges.txt"))
 _FLOAT8 = ("F8_E4M3", "F8_E5M2")
 # What bitsandbytes, torchao, quanto and their like store beside or in place of a weight.
 _QUANTISED = re.compile(
-    r"\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.\w+|SCB|weight_format|_data|_scale|qweight|qzeros|wscales)$"
+    r"\.((nested_)?(absmax|quant_map)|quant_state\.\w+|SCB|weight_format|_data|_scale|qweight|qzeros|wscales)$"
 )
 _SCALED = re.compile(r"(\.(weight_scale|scale_weight|input_scale|scale_input)|^scaled_fp8)$")
 
@@ -32,10 +34,8 @@ def check(directory: Path, family: Family, *, random: bool = False) -> None:
         random: its weights are to be made up, and its tokenizers are another's.
     """
     check_index(directory, family)
-    check_configs(directory, family)
+    check_configs(directory, family, random=random)
     for name, part in family.parts.items():
-        if part.config == "tokenizer_config.json" and not random:
-            check_vocabulary(directory / name)
         if part.weights and not random:
             for path, placed in weight_files(directory / name, part.library):
                 _check_weights(path, placed)
@@ -88,26 +88,42 @@ def class_of(path: Path, index: dict[str, Any], name: str, family: Family) -> st
     return made
 
 
-def check_configs(directory: Path, family: Family) -> None:
-    """The configs of all parts but the tokenizers', which may lack one."""
+def check_configs(directory: Path, family: Family, *, random: bool = False) -> None:
+    """What is small of each part: its config, and a tokenizer's vocabulary."""
     for name, part in family.parts.items():
         if name == "transformer":
             transformer_config(directory / name, family)
         elif name == "scheduler":
             scheduler_config(directory / name)
-        elif part.config != "tokenizer_config.json":
-            read_config(directory / name, part.config)
+        elif part.weights:
+            read_config(directory / name)
+        elif not random:
+            check_vocabulary(directory / name)
 
 
 def check_vocabulary(directory: Path) -> tuple[str, ...]:
-    """The files of a tokenizer's vocabulary."""
+    """The files of a tokenizer's vocabulary.
+
+    Raises:
+        ModelError: there is none, or none that can be read with what is installed.
+    """
     for files in VOCABULARIES:
         if all(os.path.lexists(directory / file) for file in files):
             for file in files:
                 open_regular(directory / file).close()
+            if files == SPIECE and not _reads_spiece():
+                raise ModelError(f"{directory}: has spiece.model alone; to read it: pip install sentencepiece protobuf")
             return files
     wanted = ", or ".join(" and ".join(files) for files in VOCABULARIES)
     raise MissingError(f"{directory}: holds no vocabulary: {wanted}")
+
+
+def _reads_spiece() -> bool:
+    """Whether what transformers needs for it is installed."""
+    try:
+        return bool(find_spec("sentencepiece") and find_spec("google.protobuf"))
+    except ModuleNotFoundError:  # no package `google` at all
+        return False
 
 
 def _check_weights(path: Path, placed: frozenset[str] | None) -> None:

@@ -4,12 +4,11 @@ engine takes its ids from them."""
 import json
 import tempfile
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from fluxcli.core.errors import ModelError
-from fluxcli.models.directory import INDEX, check_vocabulary, class_of
+from fluxcli.models.directory import INDEX, SPIECE, check_vocabulary, class_of
 from fluxcli.models.family import Family
 from fluxcli.models.files import MOST_JSON, MOST_VOCABULARY, parse_json, read_bytes, read_json, shown
 from fluxcli.models.fingerprint import TOKENIZER_CONFIGS
@@ -23,6 +22,7 @@ _SETTINGS = {
     *("pad_token", "pad_token_id", "padding_side", "sep_token", "split_special_tokens", "truncation_side", "unk_token"),
 }
 _CLIP_LENGTH = 77
+_MOST_EXTRA = 10_000  # tokens that T5's tokenizer adds of itself; it has 100
 
 
 class Tokenizers:
@@ -64,10 +64,6 @@ def _load(directory: Path, part: str, family: Family) -> Any:
     index = directory / INDEX
     folder = directory / part
     vocabulary = check_vocabulary(folder)
-    if vocabulary == ("spiece.model",) and not _reads_spiece():
-        raise ModelError(
-            f"{folder}: has spiece.model and no tokenizer.json; to read it: pip install sentencepiece protobuf"
-        )
     # transformers sees a folder with these files alone: none of the model's code, and no key that would fetch some.
     with tempfile.TemporaryDirectory(prefix="fluxcli-tokenizer-") as clean:
         for file in vocabulary:
@@ -81,22 +77,17 @@ def _load(directory: Path, part: str, family: Family) -> Any:
         except RecursionError:
             raise ModelError(f"{folder}: the tokenizer cannot be loaded: nested too deeply") from None
         except Exception as error:  # tokenizers, which is Rust, raises the bare class
-            if vocabulary == ("spiece.model",):  # transformers goes on to guess at other formats
+            if vocabulary == SPIECE:  # transformers goes on to guess at other formats
                 raise ModelError(f"{folder}: spiece.model cannot be read") from error
             why = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ModelError(f"{folder}: the tokenizer cannot be loaded: {shown(why)}") from error
-
-
-def _reads_spiece() -> bool:
-    """Whether what transformers needs for it is installed."""
-    try:
-        return bool(find_spec("sentencepiece") and find_spec("google.protobuf"))
-    except ModuleNotFoundError:  # no package `google` at all
-        return False
 
 
 def _settings(path: Path) -> dict[str, Any]:
     given = parse_json(read_bytes(path, MOST_JSON), path)
     if path.name != "tokenizer_config.json":
         return given
+    extra = given.get("extra_ids", 0)
+    if type(extra) is not int or not 0 <= extra <= _MOST_EXTRA:
+        raise ModelError(f"{path}: extra_ids must be 0 to {_MOST_EXTRA}, got {shown(extra)}")
     return {key: value for key, value in given.items() if key in _SETTINGS}

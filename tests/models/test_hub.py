@@ -141,6 +141,13 @@ def test_a_pipeline_of_another_class_costs_one_small_file(model: Path, home: Pat
     assert hub.fetched == {"model_index.json"}
 
 
+def test_without_a_vocabulary_no_weights_are_fetched(model: Path, home: Path) -> None:
+    (model / "tokenizer_2" / "tokenizer.json").unlink()
+    with Hub(ID, model).serving() as hub:
+        assert "tokenizer_2: holds no vocabulary" in resolve(home, address=hub.address)
+    assert not hub.fetched & WEIGHTS_READ
+
+
 def test_quantised_weights_are_not_fetched(model: Path, home: Path) -> None:
     edit(model / "text_encoder_2" / "config.json", quantization_config={"quant_method": "bitsandbytes"})
     with Hub(ID, model).serving() as hub:

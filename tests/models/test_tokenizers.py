@@ -102,15 +102,20 @@ def test_a_vocabulary_that_is_none_is_named(model: Path, file: str, content: str
     assert len(str(refused.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize("extra", [10**9, -1, "x"])
+def test_a_tokenizer_makes_up_no_endless_vocabulary(model: Path, extra: object) -> None:
+    edit(model / "tokenizer_2" / "tokenizer_config.json", extra_ids=extra)
+    with pytest.raises(ModelError, match=r"tokenizer_config\.json: extra_ids must be 0 to 10000"):
+        Tokenizers(model)
+
+
 def test_sentencepieces_file_alone_needs_its_library(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With it, transformers makes of FLUX.1's spiece.model the tokenizer that its tokenizer.json is."""
     (model / "tokenizer_2" / "tokenizer.json").unlink()
     (model / "tokenizer_2" / "spiece.model").write_bytes(b"no protobuf")
-    monkeypatch.setattr("fluxcli.models.tokenizers.find_spec", lambda name: None)
-    with pytest.raises(
-        ModelError, match=r"has spiece\.model and no tokenizer\.json.*pip install sentencepiece protobuf"
-    ):
+    monkeypatch.setattr("fluxcli.models.directory.find_spec", lambda name: None)
+    with pytest.raises(ModelError, match=r"has spiece\.model alone; to read it: pip install sentencepiece protobuf"):
         Tokenizers(model)
-    monkeypatch.setattr("fluxcli.models.tokenizers.find_spec", lambda name: True)
+    monkeypatch.setattr("fluxcli.models.directory.find_spec", lambda name: True)
     with pytest.raises(ModelError, match=r"tokenizer_2: spiece\.model cannot be read"):
         Tokenizers(model)
