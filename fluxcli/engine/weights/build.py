@@ -11,8 +11,20 @@ from fluxcli.core.errors import ModelError
 from fluxcli.models.checkpoints import Checkpoint
 from fluxcli.models.configs import read_config
 
-# What T5's config may say beside the fields of its class.
-_T5_EXTRAS = ("dense_act_fn", "is_gated_act", "tie_word_embeddings")
+# What is read of a text encoder's config. Everything else a config of transformers takes, and some of it is no
+# architecture: whose code attention is, what a call returns.
+_ENCODER_FIELDS = frozenset(
+    (
+        *("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id"),
+        # CLIP
+        *("hidden_size", "intermediate_size", "projection_dim", "num_hidden_layers", "num_attention_heads"),
+        *("max_position_embeddings", "hidden_act", "layer_norm_eps"),
+        # T5
+        *("d_model", "d_kv", "d_ff", "num_layers", "num_heads", "layer_norm_epsilon", "tie_word_embeddings"),
+        *("feed_forward_proj", "dense_act_fn", "is_gated_act"),
+        *("relative_attention_num_buckets", "relative_attention_max_distance"),
+    )
+)
 
 
 def build(checkpoint: Checkpoint, part: str, device: str, dtype: torch.dtype) -> Any:
@@ -49,8 +61,7 @@ def _from_config(library: str, cls: Any, config: dict[str, Any]) -> Any:
     if library == "diffusers":
         fields = inspect.signature(cls.__init__).parameters.keys()
         return cls.from_config({key: value for key, value in config.items() if key in fields})
-    fields = cls.config_class.__annotations__.keys() | set(_T5_EXTRAS)
-    return cls(cls.config_class(**{key: value for key, value in config.items() if key in fields}))
+    return cls(cls.config_class(**{key: value for key, value in config.items() if key in _ENCODER_FIELDS}))
 
 
 def _class_of(checkpoint: Checkpoint, part: str) -> tuple[str, Any]:

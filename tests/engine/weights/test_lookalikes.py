@@ -18,6 +18,7 @@ from fluxcli.engine.denoise import Schedule
 from fluxcli.engine.weights import fill
 from fluxcli.models.checkpoints import resolve
 from fluxcli.models.tokenizers import Tokenizers
+from tests.engine.weights.test_fill import DEVICES
 from tests.models.conftest import WEIGHTS, edit, rewrite, shard
 from tests.pipelines import DEV
 
@@ -29,10 +30,10 @@ def model(pipeline: Callable[..., Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(pipeline(DEV), tmp_path / "model"))
 
 
-def transformer(model: Path, dtype: torch.dtype = torch.float32) -> Tensors:
-    with fill.load_transformer(resolve(str(model)), "cpu", dtype) as flux:
+def transformer(model: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensors:
+    with fill.load_transformer(resolve(str(model)), device, dtype) as flux:
         pass
-    return dict(flux.slots())
+    return {name: slot.cpu() for name, slot in flux.slots()}
 
 
 def part(model: Path, name: str) -> Any:
@@ -89,11 +90,12 @@ def test_the_only_variant_is_read(model: Path) -> None:
 
 @pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.float8_e5m2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_float8_without_scales_is_read(model: Path, stored: torch.dtype, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_float8_without_scales_is_read(model: Path, stored: torch.dtype, dtype: torch.dtype, device: str) -> None:
     path = model / "transformer" / WEIGHTS["transformer"]
     expected = {name: tensor.to(stored).to(dtype) for name, tensor in load_file(path).items()}
     rewrite(path, lambda tensors: {name: tensor.to(stored) for name, tensor in tensors.items()})
-    assert same(transformer(model, dtype), expected)
+    assert same(transformer(model, dtype, device), expected)
     path = model / "text_encoder_2" / WEIGHTS["text_encoder_2"]
     rewrite(path, lambda tensors: {name: tensor.to(stored) for name, tensor in tensors.items()})
     made, tensors = part(model, "text_encoder_2").state_dict(), load_file(path)
