@@ -86,7 +86,10 @@ def test_the_bench_knows_neither_jobs_nor_the_command_line(module: str) -> None:
 
 
 def test_only_one_module_reads_weight_files() -> None:
-    assert [name for name in MODULES if "safetensors" in outside(name)] == ["fluxcli.engine.weights.fill"]
+    """For their values; and one, without torch, for their heads."""
+    assert [name for name in MODULES if "safetensors" in outside(name)] == ["fluxcli.engine.weights.sources"]
+    heads = [name for name, path in MODULES.items() if '"data_offsets"' in path.read_text(encoding="utf-8")]
+    assert heads == ["fluxcli.models.headers"]
 
 
 @pytest.mark.parametrize("line", ["--help", "--version", "batch --help", "gen --help", "warmup --help", "bench --help"])

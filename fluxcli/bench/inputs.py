@@ -6,13 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fluxcli.core.config import GUIDANCE
-from fluxcli.core.records import ShapeKey
+from fluxcli.core.records import TOKEN_SIDE, ShapeKey
 from fluxcli.engine import denoise
 from fluxcli.engine.nets.flux1 import Flux
 from fluxcli.engine.runtime.device import DTYPES
-
-_TOKEN = 16  # pixels along a side of one image token: 8 of the VAE, 2 of the packing
+from fluxcli.models.flux1.family import FLUX1
 
 
 class Inputs:
@@ -29,13 +27,13 @@ class Inputs:
             return torch.randn(shape, generator=generator, device=device, dtype=DTYPES[dtype])
 
         config, batch = flux.config, key.batch_size
-        rows, columns = key.height // _TOKEN, key.width // _TOKEN
+        rows, columns = key.height // TOKEN_SIDE, key.width // TOKEN_SIDE
         self.key = key
         self.img = drawn(batch, rows * columns, config.in_channels)
         self.t5 = drawn(batch, key.text_length, config.joint_attention_dim)
         self.vec = drawn(batch, config.pooled_projection_dim)
         self.ids = denoise.position_ids(key.text_length, rows * denoise.PATCH, columns * denoise.PATCH, device)
-        self.guidance = torch.full((batch,), GUIDANCE, device=device) if config.guidance_embeds else None
+        self.guidance = torch.full((batch,), FLUX1.guidance, device=device) if config.guidance_embeds else None
 
     def ours(self, flux: Flux, sigmas: Sequence[float]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """txt [B, L, D] and each step's (mod, dt), for steps from each of `sigmas` to the next."""

@@ -99,7 +99,12 @@ engine_options = options(
 row_options = options(
     click.option("--width", type=Side(), help="Of an image whose row has none.  [default: the model's]"),
     click.option("--height", type=Side(), help="Of an image whose row has none.  [default: the model's]"),
-    click.option("--steps", type=click.IntRange(1, 1000), metavar="N", help="Denoising steps.  [default: the model's]"),
+    click.option(
+        "--steps",
+        type=click.IntRange(1, config.MAX_STEPS),
+        metavar="N",
+        help="Denoising steps.  [default: the model's]",
+    ),
     click.option("--guidance", type=Finite(), help="Guidance scale.  [default: 3.5 where the model takes one]"),
     click.option(
         "--seed",

@@ -5,6 +5,8 @@ from typing import Any
 
 import click
 
+from fluxcli.models.flux1.family import FLUX1
+
 MOST_IMAGES = 1024  # in a batch
 
 
@@ -42,8 +44,9 @@ class Side(_Type):
             side = int(value)
         except (TypeError, ValueError):
             self.fail(f"{value!r} is not a number of pixels", param, ctx)
-        if side % 16 or not 64 <= side <= 4096:
-            self.fail(f"must be a multiple of 16 from 64 to 4096, got {side}", param, ctx)
+        if not FLUX1.draws(side):
+            least, most = FLUX1.sides
+            self.fail(f"must be a multiple of {FLUX1.token_side} from {least} to {most}, got {side}", param, ctx)
         return side
 
 

@@ -7,7 +7,7 @@ MAX_TEXT_LENGTH = 512  # what FluxPipeline accepts as max_sequence_length
 BATCH_SIZE = 8
 DTYPES = ("bfloat16", "float16", "float32")
 ATTENTION = ("cudnn", "fa4", "fa3", "fa2", "sdpa")
-GUIDANCE = 3.5  # FluxPipeline's default, for models distilled with a guidance embedding
+MAX_STEPS = 1000  # denoising steps that a row may ask for
 
 
 @dataclass(frozen=True)

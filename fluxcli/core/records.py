@@ -8,6 +8,9 @@ if TYPE_CHECKING:
     import numpy as np
 
 
+TOKEN_SIDE = 16  # pixels along a side of one image token: 8 of the VAE, 2 of the packing
+
+
 class ShapeKey(NamedTuple):
     """What fixes every tensor shape of a denoising step: the key for planning, compiling, capturing and benchmarking.
 
@@ -21,7 +24,7 @@ class ShapeKey(NamedTuple):
 
     def tokens(self) -> int:
         """Text and image tokens of the whole batch: how large the shape is."""
-        return self.batch_size * (self.height * self.width // 256 + self.text_length)
+        return self.batch_size * (self.height * self.width // TOKEN_SIDE**2 + self.text_length)
 
     def __str__(self) -> str:
         return f"{self.batch_size} x {self.width}x{self.height}, text {self.text_length}"

@@ -1,6 +1,7 @@
 """FLUX's sampler as FluxPipeline runs it: noise, pack and unpack, the sigma schedule, the Euler step, and the loop."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fluxcli.core.errors import ModelError
-from fluxcli.models.checkpoints import read_json
+from fluxcli.models.configs import scheduler_config
 
 StepFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (img, txt, mod, dt) -> img
 
@@ -53,22 +54,35 @@ class Schedule:
     def __init__(self, directory: Path) -> None:
         from diffusers import FlowMatchEulerDiscreteScheduler
 
-        name = read_json(directory / "scheduler_config.json").get("_class_name")
-        if name != FlowMatchEulerDiscreteScheduler.__name__:
-            raise ModelError(f"{directory}: fluxcli samples with FlowMatchEulerDiscreteScheduler, this is {name}")
-        self._scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(directory, local_files_only=True)
+        self._source = directory / "scheduler_config.json"
+        settings = scheduler_config(directory)
+        with self._faults():
+            self._scheduler = FlowMatchEulerDiscreteScheduler(**settings)
 
     def __call__(self, steps: int, image_tokens: int) -> tuple[Tensor, Tensor]:
         """(timesteps [steps], sigmas [steps + 1]) in float32 on the host; sigmas fall from 1 to 0.
 
         `image_tokens` sets the shift where the config says `use_dynamic_shifting`.
+
+        Raises:
+            ModelError: the config makes no schedule of so many steps.
         """
-        config = self._scheduler.config
-        # As FluxPipeline: linear in the number of image tokens between the config's two ends.
-        slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
-        mu = image_tokens * slope + config.base_shift - slope * config.base_image_seq_len
-        self._scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps).tolist(), mu=mu, device="cpu")
+        config, mu = self._scheduler.config, None
+        if config.use_dynamic_shifting:
+            # As FluxPipeline: linear in the number of image tokens between the config's two ends.
+            slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+            mu = image_tokens * slope + config.base_shift - slope * config.base_image_seq_len
+        with self._faults():
+            self._scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps).tolist(), mu=mu, device="cpu")
         return self._scheduler.timesteps, self._scheduler.sigmas
+
+    @contextmanager
+    def _faults(self) -> Iterator[None]:
+        try:
+            yield
+        except (ArithmeticError, ImportError, LookupError, TypeError, ValueError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ModelError(f"{self._source}: makes no schedule: {reason}") from error
 
 
 def euler_step(img: Tensor, velocity: Tensor, dt: Tensor) -> Tensor:

@@ -29,7 +29,8 @@ from fluxcli.engine.runtime.device import DTYPES
 from fluxcli.engine.text import TEXT_BATCH
 from fluxcli.engine.vae import chunk_size
 from fluxcli.engine.weights.fill import size
-from fluxcli.models.checkpoints import Checkpoint, read_json
+from fluxcli.models.checkpoints import Checkpoint
+from fluxcli.models.files import read_json
 
 # Rows (steps x images) of modulations made at once: about 1 GB at FLUX.1's size, and all 28 steps of 16 images.
 MODULATION_ROWS = 512

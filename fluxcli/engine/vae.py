@@ -20,7 +20,6 @@ class Decoder:
 
     def __init__(self, checkpoint: Checkpoint, device: str, dtype: torch.dtype, compile: bool) -> None:
         self._vae = load_part(checkpoint, "vae", device, dtype)
-        self._vae.encoder = None
         config = self._vae.config
         self.scale: int = 2 ** (len(config.block_out_channels) - 1)  # pixels along a side of one latent pixel
         self._factor: float = config.scaling_factor

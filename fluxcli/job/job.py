@@ -48,7 +48,7 @@ class Job:
         model = {
             "name": self.checkpoint.name,
             "revision": self.checkpoint.revision,
-            "fingerprint": self.checkpoint.fingerprint(),
+            "fingerprint": self.checkpoint.fingerprint(_known_fingerprint(self.directory)),
         }
         options = {
             "dtype": self.engine.dtype,
@@ -75,7 +75,7 @@ class Job:
         job, number = self, 1
         while True:
             try:
-                check_identity(job.directory, self.identity)
+                check_identity(job.directory, job.identity)
                 return job
             except JobError:
                 number += 1
@@ -146,3 +146,16 @@ class Job:
     def _take_in(self, source: PromptFile, status: Status) -> Intake:
         count = Tokenizers(self.checkpoint.tokenizers).count
         return take_in(source, self.defaults, self.text_lengths, count, status, self.limit)
+
+
+def _known_fingerprint(directory: Path) -> str | None:
+    """The model's, as the job in `directory` has it; None where there is none that can be read: `check_identity` says
+    what is wrong with it."""
+    path = directory / "job.json"
+    if not path.is_file():
+        return None
+    try:
+        with path.open("rb") as file:
+            return str(json.loads(file.read(2**20))["model"]["fingerprint"])
+    except (OSError, LookupError, TypeError, ValueError, RecursionError):
+        return None

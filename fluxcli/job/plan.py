@@ -91,5 +91,5 @@ def _size(rows: int, sizes: Sequence[int] | None) -> int:
 
 
 def _work(group: Group) -> tuple[int, ...]:
-    image_tokens = group.height * group.width // 256
-    return (image_tokens + group.text_length, group.num_inference_steps, *group)
+    shape = ShapeKey(1, group.height, group.width, group.text_length)
+    return (shape.tokens(), group.num_inference_steps, *group)

@@ -1,23 +1,36 @@
 """Which directory a --model name means: a diffusers pipeline directory, a hub id, the built-in `tiny`, or
-`random:flux-dev` / `random:flux-schnell`. Torch-free; reads configs, never weights."""
+`random:flux-dev` / `random:flux-schnell`. Torch-free; of weight files no more than heads and samples."""
 
-import hashlib
-import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fluxcli.core.config import GUIDANCE, RowDefaults
+from fluxcli.core.config import MAX_STEPS, RowDefaults
 from fluxcli.core.errors import ModelError
+from fluxcli.models import hub
+from fluxcli.models.configs import transformer_config
+from fluxcli.models.directory import INDEX, check, class_of, what_instead
+from fluxcli.models.family import Family
+from fluxcli.models.files import read_json, shown
+from fluxcli.models.fingerprint import VERSION, fingerprint, legacy_fingerprint
+from fluxcli.models.flux1.family import FLUX1
 
 BUILT_IN = Path(__file__).parent
 HUB_DEFAULT = "black-forest-labs/FLUX.1-dev"
-PARTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_SAMPLE = 2**16  # bytes read from each end of a weight file for its fingerprint
+_URL = re.compile(r"https?://[^/]+/([\w.-]+/[\w.-]+)")
+# What a name ends in that is one file, and what to say of it.
+_FILES = {
+    ".gguf": "a GGUF file (quantised weights)",
+    ".dduf": "a DDUF file",
+    **dict.fromkeys((".safetensors", ".sft"), "a single file of weights"),
+    **dict.fromkeys((".ckpt", ".bin", ".pt", ".pth"), "a pickle, which can run code when it is loaded"),
+}
+_PIPELINES = "fluxcli reads diffusers pipeline directories, with a model_index.json"
 
 
 @dataclass(frozen=True)
@@ -28,10 +41,17 @@ class Checkpoint:
     directory: Path
     revision: str | None = None
     random: bool = False
+    family: Family = FLUX1
 
     @cached_property
     def transformer(self) -> dict[str, Any]:
-        return read_json(self.directory / "transformer" / "config.json")
+        """transformer/config.json, its defaults filled in."""
+        return transformer_config(self.directory / "transformer", self.family)
+
+    def class_of(self, part: str) -> tuple[str, str]:
+        """(library, class) that a part is made with."""
+        path = self.directory / INDEX
+        return self.family.parts[part].library, class_of(path, read_json(path), part, self.family)
 
     @property
     def tokenizers(self) -> Path:
@@ -40,55 +60,74 @@ class Checkpoint:
 
     @cached_property
     def takes_guidance(self) -> bool:
-        return bool(self.transformer.get("guidance_embeds", False))
+        return bool(self.transformer["guidance_embeds"])
 
     def row_defaults(self) -> RowDefaults:
-        """What the model itself suggests: its fluxcli.json where it has one, else FLUX.1's own habits."""
-        own = self.directory / "fluxcli.json"
-        given = read_json(own) if own.is_file() else {}
+        """What the model itself suggests: its fluxcli.json where it has one, else its family's habits.
+
+        Raises:
+            ModelError: the file suggests what no row may have.
+        """
+        path, family = self.directory / "fluxcli.json", self.family
+        given = read_json(path) if path.is_file() else {}
+
+        def suggested(key: str, default: int, fits: Callable[[int], bool]) -> int:
+            value = given.get(key, default)
+            if type(value) is not int or not fits(value):
+                raise ModelError(f"{path}: {key} cannot be {shown(value)}")
+            return value
+
         return RowDefaults(
-            width=given.get("width", 1024),
-            height=given.get("height", 1024),
-            # FLUX.1-schnell, the timestep-distilled one, is told by its missing guidance embedding.
-            num_inference_steps=given.get("num_inference_steps", 28 if self.takes_guidance else 4),
-            guidance_scale=GUIDANCE if self.takes_guidance else None,
+            width=suggested("width", family.side, family.draws),
+            height=suggested("height", family.side, family.draws),
+            num_inference_steps=suggested(
+                "num_inference_steps",
+                # FLUX.1-schnell, the timestep-distilled one, is told by its missing guidance embedding.
+                family.guided_steps if self.takes_guidance else family.steps,
+                lambda steps: 1 <= steps <= MAX_STEPS,
+            ),
+            guidance_scale=family.guidance if self.takes_guidance else None,
         )
 
-    def fingerprint(self) -> str:
-        """Changes when the pictures may: every config and tokenizer file, and of every weight file the size, the header
-        (names, shapes, dtypes) and the first and last bytes of the data. Cheap: nothing large is read whole."""
-        digest = hashlib.sha256(b"random" if self.random else b"")
-        for path in sorted(path for part in PARTS for path in (self.directory / part).glob("*") if path.is_file()):
-            digest.update(f"\0{path.relative_to(self.directory).as_posix()}\0{path.stat().st_size}\0".encode())
-            with path.open("rb") as file:
-                if path.suffix == ".safetensors":
-                    digest.update(file.read(8 + int.from_bytes(file.read(8), "little")))
-                    digest.update(file.read(_SAMPLE))
-                    file.seek(max(file.tell(), path.stat().st_size - _SAMPLE))
-                digest.update(file.read())
-        return digest.hexdigest()[:32]
+    def fingerprint(self, known: str | None = None) -> str:
+        """A digest that changes when the images may.
+
+        Args:
+            known: a fingerprint to compare it with; where an earlier version made that, this is made the same way.
+        """
+        legacy = known is not None and not known.startswith(VERSION)
+        return self._legacy_fingerprint if legacy else self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return fingerprint(self.directory, self.family, self.random)
+
+    @cached_property
+    def _legacy_fingerprint(self) -> str:
+        return legacy_fingerprint(self.directory, self.family, self.random)
 
 
 def resolve(name: str, revision: str | None = None) -> Checkpoint:
-    """Finds the pipeline directory behind `name`, downloading it from the hub where needed.
+    """Finds the pipeline directory behind `name`, downloading it from the hub where needed, and looks at every part.
 
     Raises:
-        ModelError: no such directory or repository, a revision where none applies, or not a FLUX pipeline.
+        ModelError: no such directory or repository, a revision where none applies, or not a FLUX pipeline that can be
+            loaded.
     """
     if name == "tiny" or name.startswith("random:"):
         checkpoint = _built_in(name)
-    elif Path(name).is_dir():
-        checkpoint = Checkpoint(name, Path(name))
-    elif _HUB_ID.fullmatch(name) and not name.startswith((".", "/")):
-        return _checked(_from_hub(name, revision))
+    elif (directory := Path(name).expanduser()).is_dir():
+        checkpoint = Checkpoint(name, _pipeline(name, directory))
+    elif (reason := _no_hub_id(name)) is None:
+        directory = hub.fetch(name, revision, FLUX1)
+        checkpoint = Checkpoint(name, directory, revision=directory.name)
     else:
-        raise ModelError(
-            f"--model {name}: no such directory, and not a hub id (owner/name), "
-            "tiny, random:flux-dev or random:flux-schnell"
-        )
-    if revision is not None:
+        raise ModelError(f"--model {shown(name)}: {reason}")
+    if revision is not None and checkpoint.revision is None:
         raise ModelError(f"--revision {revision}: only a model from the hub has revisions, and {name} is not one")
-    return _checked(checkpoint)
+    check(checkpoint.directory, checkpoint.family, random=checkpoint.random)
+    checkpoint.row_defaults()
+    return checkpoint
 
 
 def _built_in(name: str) -> Checkpoint:
@@ -103,55 +142,34 @@ def _built_in(name: str) -> Checkpoint:
     return Checkpoint(name, BUILT_IN / architecture, random=True)
 
 
-def _from_hub(name: str, revision: str | None) -> Checkpoint:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    try:
-        # Only the diffusers layout: the repository also holds the same weights as one 24 GB file.
-        directory = Path(
-            snapshot_download(
-                name, revision=revision, allow_patterns=["model_index.json", *(f"{part}/*" for part in PARTS)]
-            )
-        )
-    except GatedRepoError as error:
-        raise ModelError(
-            f"--model {name}: the repository is gated; accept its licence on the hub and set HF_TOKEN"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise ModelError(f"--model {name}: no such repository on the hub (or it is private: set HF_TOKEN)") from error
-    except LocalEntryNotFoundError as error:
-        raise ModelError(
-            f"--model {name}: not in the local cache, and the hub cannot be reached; "
-            "check the network, HF_HUB_OFFLINE and HF_HOME"
-        ) from error
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise ModelError(f"--model {name}: the hub answered: {str(error).strip().splitlines()[0]}") from error
-    return Checkpoint(name, directory, revision=directory.name)
+def _pipeline(name: str, directory: Path) -> Path:
+    """`directory`, which must have a model_index.json."""
+    if (directory / INDEX).exists():
+        return directory
+    if (directory / "snapshots").is_dir() and (directory / "refs").is_dir():
+        snapshots = sorted(str(each) for each in (directory / "snapshots").iterdir())
+        id = directory.name.removeprefix("models--").replace("--", "/")
+        inside = f", or {snapshots[0]}" if snapshots else ""
+        raise ModelError(f"--model {name}: has no {INDEX}: it is the hub's cache of a repository; give {id}{inside}")
+    raise ModelError(f"--model {name}: {what_instead(path.name for path in directory.iterdir())}")
 
 
-def _checked(checkpoint: Checkpoint) -> Checkpoint:
-    index = checkpoint.directory / "model_index.json"
-    if not index.is_file():
-        raise ModelError(f"--model {checkpoint.name}: not a diffusers pipeline directory: it has no model_index.json")
-    pipeline = read_json(index).get("_class_name")
-    if pipeline != "FluxPipeline":
-        raise ModelError(f"{index}: fluxcli runs FluxPipeline, this is {pipeline}")
-    return checkpoint
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a model's file.
-
-    Raises:
-        ModelError: naming the file, where it is missing or not JSON.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{path}: missing from the model") from None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path}: must hold a JSON object")
-    return value
+def _no_hub_id(name: str) -> str | None:
+    """Why a name that is no directory cannot be a hub id either; None if it can."""
+    path = Path(name).expanduser()
+    kind = _FILES.get(path.suffix.lower())
+    if path.exists():
+        return f"is {kind or 'a file'}; {_PIPELINES}"
+    if match := _URL.match(name):
+        return f"is an address; give the repository's id: {match[1]}"
+    id, at, revision = name.partition("@")
+    if at and _HUB_ID.fullmatch(id):
+        return f"no such directory; a hub id's revision is an option: -m {id} --revision {revision}"
+    if kind:
+        return f"no such file; and it would be {kind}: {_PIPELINES}"
+    if _HUB_ID.fullmatch(name):
+        return None
+    id = "/".join(name.split("/")[:2])
+    if name.count("/") > 1 and _HUB_ID.fullmatch(id):
+        return f"no such directory; if it is in a repository of the hub, give the repository's id: {id}"
+    return "no such directory, and not a hub id (owner/name), tiny, random:flux-dev or random:flux-schnell"

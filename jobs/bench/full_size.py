@@ -19,7 +19,8 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fluxcli.models.checkpoints import BUILT_IN, read_json
+from fluxcli.models.checkpoints import BUILT_IN
+from fluxcli.models.files import read_json
 
 SHARD = 5_000_000_000  # bytes, and the memory this takes
 BLOCK = 2**23  # random numbers that are drawn; a matrix is as many copies of them as it needs

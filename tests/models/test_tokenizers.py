@@ -1,6 +1,8 @@
-"""A pipeline's tokenizers: what they need to be there."""
+"""A pipeline's tokenizers: what they need to be there, and that no code comes with them."""
 
+import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,9 @@ import pytest
 from fluxcli.core.errors import ModelError
 from fluxcli.models.checkpoints import BUILT_IN
 from fluxcli.models.tokenizers import Tokenizers
+from tests.models.conftest import edit
+
+PROMPTS = ["a red circle on a white background", 'Ünïcödé 星 🐱, "quoted"  two  spaces', "x", "a dog " * 60]
 
 
 @pytest.mark.parametrize(
@@ -22,4 +27,95 @@ def test_a_tokenizer_without_its_vocabulary_is_named(part: str, gone: str, tmp_p
     else:
         shutil.rmtree(model / part)
     with pytest.raises(ModelError, match=rf"{part}: holds no vocabulary: tokenizer\.json, or "):
+        Tokenizers(model)
+
+
+def ids(model: Path) -> list[list[list[int]]]:
+    tokenizers = Tokenizers(model)
+    return [tokenizers.clip(PROMPTS), tokenizers.t5(PROMPTS, 64), [tokenizers.count(PROMPTS)]]
+
+
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [
+        ("tokenizer", "CLIPTokenizerFast"),
+        ("tokenizer", "AutoTokenizer"),
+        ("tokenizer_2", "T5Tokenizer"),
+        ("tokenizer_2", "AutoTokenizer"),
+        ("tokenizer_2", "PreTrainedTokenizerFast"),
+    ],
+)
+def test_every_name_of_a_tokenizer_reads_the_same(model: Path, part: str, name: str) -> None:
+    edit(model / "model_index.json", **{part: ["transformers", name]})
+    assert ids(model) == ids(BUILT_IN / "tiny")
+
+
+@pytest.mark.parametrize("length", [..., 10**30, 248, None])
+def test_clips_length_is_no_more_than_its_encoder_has_positions(model: Path, length: int | None) -> None:
+    edit(model / "tokenizer" / "tokenizer_config.json", model_max_length=length)
+    assert ids(model) == ids(BUILT_IN / "tiny")
+
+
+def test_a_tokenizer_needs_no_config(model: Path) -> None:
+    for part in ("tokenizer", "tokenizer_2"):
+        (model / part / "tokenizer_config.json").unlink()
+    assert [len(row) for row in ids(model)[0]] == [77] * len(PROMPTS)
+
+
+EVIL = "from pathlib import Path\nPath({path!r}).write_text('x')\nclass Evil: pass\n"
+
+
+@pytest.mark.parametrize("name", ["AutoTokenizer", "PreTrainedTokenizerFast", "T5TokenizerFast"])
+def test_a_tokenizer_brings_no_code(model: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran, tokenizer = tmp_path / "ran", model / "tokenizer_2"
+    monkeypatch.setattr("builtins.input", lambda prompt="": "y")
+    edit(model / "model_index.json", tokenizer_2=["transformers", name])
+    auto_map = {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}
+    edit(
+        tokenizer / "tokenizer_config.json",
+        auto_map=auto_map, tokenizer_class="Evil", trust_remote_code=True, gguf_file="x", name_or_path="a/b",
+        init_inputs=["x"], chat_template="{{ x }}", fast_tokenizer_files=["../tokenizer.1.json"], backend="x",
+    )  # fmt: skip
+    (tokenizer / "config.json").write_text(json.dumps({"auto_map": auto_map, "model_type": "evil"}))
+    for place in (tokenizer, model):
+        (place / "evil.py").write_text(EVIL.format(path=str(ran)))
+    assert ids(model) == ids(BUILT_IN / "tiny")
+    assert not ran.exists()
+    assert "evil" not in sys.modules
+
+
+NONE = ("[" * 100_000, "[]", "root:x:0:0", "{}", '{"model": 3}')
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        *(("tokenizer_2/tokenizer.json", content) for content in NONE),
+        *(("tokenizer/vocab.json", content) for content in NONE),
+        *(("tokenizer_2/tokenizer_config.json", content) for content in NONE[:3]),
+    ],
+)
+def test_a_vocabulary_that_is_none_is_named(model: Path, file: str, content: str) -> None:
+    (model / file).write_text(content)
+    with pytest.raises(ModelError, match=rf"{Path(file).parent}(/.*)?: ") as refused:
+        Tokenizers(model)
+    assert len(str(refused.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("extra", [10**9, -1, "x"])
+def test_a_tokenizer_makes_up_no_endless_vocabulary(model: Path, extra: object) -> None:
+    edit(model / "tokenizer_2" / "tokenizer_config.json", extra_ids=extra)
+    with pytest.raises(ModelError, match=r"tokenizer_config\.json: extra_ids must be 0 to 10000"):
+        Tokenizers(model)
+
+
+def test_sentencepieces_file_alone_needs_its_library(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With it, transformers makes of FLUX.1's spiece.model the tokenizer that its tokenizer.json is."""
+    (model / "tokenizer_2" / "tokenizer.json").unlink()
+    (model / "tokenizer_2" / "spiece.model").write_bytes(b"no protobuf")
+    monkeypatch.setattr("fluxcli.models.directory.find_spec", lambda name: None)
+    with pytest.raises(ModelError, match=r"has spiece\.model alone; to read it: pip install sentencepiece protobuf"):
+        Tokenizers(model)
+    monkeypatch.setattr("fluxcli.models.directory.find_spec", lambda name: True)
+    with pytest.raises(ModelError, match=r"tokenizer_2: spiece\.model cannot be read"):
         Tokenizers(model)

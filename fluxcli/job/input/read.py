@@ -17,9 +17,10 @@ from typing import IO, Any, Literal, NamedTuple
 
 import jsonlines
 
-from fluxcli.core.config import RowDefaults
+from fluxcli.core.config import MAX_STEPS, RowDefaults
 from fluxcli.core.errors import InputError, RowError
 from fluxcli.core.records import PromptRecord
+from fluxcli.models.flux1.family import FLUX1
 
 MAX_LINE = 10 * 2**20  # bytes
 MAX_NESTING = 100  # well below where JSON's own recursion ends, wherever a row is read from
@@ -335,7 +336,7 @@ def check_row(row: dict[str, Any], index: int, line: int, defaults: RowDefaults)
         if len(given) > 1:  # most rows of a large job give their prompt alone
             width = _size("width", given, width)
             height = _size("height", given, height)
-            steps = _integer("num_inference_steps", given, 1, 1000, steps)
+            steps = _integer("num_inference_steps", given, 1, MAX_STEPS, steps)
             guidance = _guidance(given, guidance)
             copies = _integer("num_images", given, 1, MAX_IMAGES_PER_ROW, copies)
             seed = _integer("seed", given, 0, MAX_SEED, seed)
@@ -387,9 +388,9 @@ def _integer(key: str, given: dict[str, Any], low: int, high: int, default: int)
 
 
 def _size(key: str, given: dict[str, Any], default: int) -> int:
-    value = _integer(key, given, 64, 4096, default)
-    if value % 16:
-        raise RowError(f"{key} must be a multiple of 16, got {value}")
+    value = _integer(key, given, *FLUX1.sides, default)
+    if not FLUX1.draws(value):
+        raise RowError(f"{key} must be a multiple of {FLUX1.token_side}, got {value}")
     return value
 
 

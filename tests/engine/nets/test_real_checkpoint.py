@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fluxcli.core.errors import ModelError
+from fluxcli.engine.matmul.torch_ import Reference
 from fluxcli.engine.nets.flux1 import Flux, FluxConfig
 from fluxcli.engine.weights.fill import load_transformer
 from fluxcli.models.checkpoints import resolve
@@ -39,7 +40,7 @@ def test_the_real_configs_describe_flux(real: Path) -> None:
 @both
 def test_the_denoiser_wants_exactly_the_tensors_of_the_real_index(real: Path) -> None:
     with torch.device("meta"):
-        slots = list(Flux(config_of(real)).slots())
+        slots = list(Flux(config_of(real), Reference()).slots())
     names = [name for name, _ in slots]
     assert len(names) == len(set(names))
     assert set(names) == weight_map(real).keys()
@@ -47,7 +48,7 @@ def test_the_denoiser_wants_exactly_the_tensors_of_the_real_index(real: Path) ->
 
 def test_the_denoiser_has_the_real_number_of_parameters() -> None:
     with torch.device("meta"):
-        slots = list(Flux(config_of(REAL_DEV)).slots())
+        slots = list(Flux(config_of(REAL_DEV), Reference()).slots())
     total = json.loads((REAL_DEV / "transformer" / INDEX).read_text())["metadata"]["total_size"]
     assert sum(slot.numel() for _, slot in slots) * 2 == total, "two bytes each in the published bfloat16 files"
 
@@ -82,7 +83,7 @@ def sharded(pipeline, tmp_path: Path) -> tuple[Path, dict[str, str]]:
 def test_a_small_checkpoint_under_the_real_indexs_names_loads_strictly(sharded, pipeline) -> None:
     directory, placed = sharded
     assert len(set(placed.values())) > 1
-    with load_transformer(resolve(str(directory)), "cpu", torch.float32) as flux:
+    with load_transformer(resolve(str(directory)), "cpu", torch.float32, Reference()) as flux:
         pass
     ours = dict(flux.slots())
     single = load_file(pipeline(DEV) / "transformer" / "diffusion_pytorch_model.safetensors")
@@ -97,5 +98,8 @@ def test_a_shard_without_a_tensor_of_the_real_index_is_refused_by_name(sharded) 
     tensors = load_file(path)
     del tensors[name]
     save_file(tensors, path, metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=name), load_transformer(resolve(str(directory)), "cpu", torch.float32):
+    with (
+        pytest.raises(ModelError, match=name),
+        load_transformer(resolve(str(directory)), "cpu", torch.float32, Reference()),
+    ):
         pass

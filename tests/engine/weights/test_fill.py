@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fluxcli.core.errors import ModelError
-from fluxcli.engine.weights import fill
+from fluxcli.engine.matmul.torch_ import Reference
+from fluxcli.engine.weights import copying, fill
 from fluxcli.models.checkpoints import resolve
 from tests.pipelines import DEV, build
 
@@ -40,8 +41,10 @@ def rewrite(file: Path, change: Any) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("part", PARTS)
 def test_a_part_is_what_its_library_loads(pipeline, part: str, dtype: torch.dtype, monkeypatch) -> None:
-    monkeypatch.setattr(fill, "_PIECE", 1000)
+    monkeypatch.setattr(copying, "PIECE", 1000)
     ours, theirs = load(pipeline(DEV), part, dtype), from_pretrained(pipeline(DEV), part, dtype)
+    if part == "vae":
+        theirs.encoder = theirs.quant_conv = None  # nobody encodes
     for kind in ("named_parameters", "named_buffers"):
         made, expected = (dict(getattr(model, kind)(remove_duplicate=False)) for model in (ours, theirs))
         assert made.keys() == expected.keys()
@@ -103,8 +106,8 @@ def test_the_transformers_tensors_are_those_of_its_files_whatever_the_pieces(
     for file in (model / "transformer").glob("*.safetensors"):
         expected |= load_file(file)
     for piece in (1000, 2**24):
-        monkeypatch.setattr(fill, "_PIECE", piece)
-        with fill.load_transformer(resolve(str(model)), device, torch.bfloat16) as flux:
+        monkeypatch.setattr(copying, "PIECE", piece)
+        with fill.load_transformer(resolve(str(model)), device, torch.bfloat16, Reference()) as flux:
             pass
         made = dict(flux.slots())
         assert made.keys() == expected.keys()
@@ -128,11 +131,11 @@ def test_a_quantised_tensor_is_refused_by_name(tmp_path: Path) -> None:
     file = model / "transformer" / "diffusion_pytorch_model.safetensors"
     rewrite(file, lambda tensors: {**tensors, "proj_out.weight": tensors["proj_out.weight"].to(torch.int8)})
     refused = pytest.raises(ModelError, match=r"proj_out.weight is I8; fluxcli reads F64, F32")
-    with refused, fill.load_transformer(resolve(str(model)), "cpu", torch.float32):
+    with refused, fill.load_transformer(resolve(str(model)), "cpu", torch.float32, Reference()):
         pass
 
 
 def test_an_error_beside_the_reading_ends_it(pipeline) -> None:
     model = resolve(str(pipeline(DEV)))
-    with pytest.raises(ZeroDivisionError), fill.load_transformer(model, "cpu", torch.float32):
+    with pytest.raises(ZeroDivisionError), fill.load_transformer(model, "cpu", torch.float32, Reference()):
         raise ZeroDivisionError

@@ -1,0 +1,56 @@
+"""The types that say what an architecture is: which parts a pipeline of it has, which classes may stand for each, what
+sizes it draws. Torch-free, and no more than data: `flux1/family.py` is the one there is."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a pipeline.
+
+    Attributes:
+        library: whose class it is, "diffusers" or "transformers".
+        classes: the names that model_index.json may give, each with the class of `library` that is made for it. No
+            other is ever looked up.
+        config: its config file.
+        weights: whether it has weight files.
+        ignored: a pattern of tensor names that its files may hold and nobody reads.
+    """
+
+    library: str
+    classes: Mapping[str, str]
+    config: str = "config.json"
+    weights: bool = True
+    ignored: str | None = None
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture.
+
+    Attributes:
+        pipeline: the diffusers class whose images it makes.
+        transformer: the defaults of transformer/config.json, which a file may leave out.
+        side: pixels along each side of an image where nobody says.
+        sides: the least and the most that a side may have.
+        token_side: pixels along a side of one image token; a side is a multiple of it.
+        guidance: the default guidance scale, where the model takes one.
+        steps: denoising steps where nobody says, of a model that takes no guidance scale: it is distilled for few.
+        guided_steps: the same, of one that takes it.
+    """
+
+    name: str
+    pipeline: str
+    parts: Mapping[str, Part]
+    transformer: Mapping[str, object]
+    side: int
+    sides: tuple[int, int]
+    token_side: int
+    guidance: float
+    steps: int
+    guided_steps: int
+
+    def draws(self, side: int) -> bool:
+        """Whether an image may have a side of so many pixels."""
+        return side % self.token_side == 0 and self.sides[0] <= side <= self.sides[1]
