@@ -65,3 +65,8 @@ class RowError(Exception):
 
 class Remark(UserWarning):
     """The message is what the user reads, once."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, short enough for one of ours."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

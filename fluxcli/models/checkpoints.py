@@ -3,6 +3,7 @@
 
 import hashlib
 import json
+import os
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,6 +33,11 @@ class Checkpoint:
     @cached_property
     def transformer(self) -> dict[str, Any]:
         return read_json(self.directory / "transformer" / "config.json")
+
+    @property
+    def label(self) -> str:
+        """The name that images carry. Of a local path its last part: where somebody keeps models is not for others."""
+        return self.name if self.revision else os.path.basename(os.path.abspath(self.name))
 
     @property
     def tokenizers(self) -> Path:
