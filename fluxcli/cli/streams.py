@@ -1,6 +1,7 @@
 """The command's standard streams, which may be full, closed, or without a reader: messages that nobody can hear are
 nothing, results that cannot be written are an error."""
 
+import errno
 import io
 import os
 import sys
@@ -13,7 +14,8 @@ class Unwritable(FluxcliError):
     """A result could not be told. Quiet where its reader left, as in `fluxcli … | head`."""
 
     def __init__(self, error: OSError) -> None:
-        super().__init__(f"standard output: cannot be written: {error.strerror}")
+        reason = "it is closed" if error.errno == errno.EBADF else error.strerror
+        super().__init__(f"standard output: cannot be written: {reason}")
         self.quiet = isinstance(error, BrokenPipeError)
 
 
