@@ -2,7 +2,6 @@
 
 import json
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import click
 from fluxcli.cli.options import batch_size_option, engine_options, format_options, json_output, row_options, verbosity
 from fluxcli.cli.settings import batch_sizes, load_engine, say, settings
 from fluxcli.core import config
-from fluxcli.core.errors import UsageError
 from fluxcli.job.run import signals
 
 
@@ -72,27 +70,20 @@ def gen(
     **options: Any,
 ) -> None:
     """Make images of one PROMPT and print their paths."""
-    from fluxcli.core.errors import RowError
     from fluxcli.core.records import Failure
     from fluxcli.job import single
-    from fluxcli.job.input.read import check_row
     from fluxcli.job.output.images import comment_truncated
     from fluxcli.job.output.store import record_settings
-    from fluxcli.job.plan import bucket, size_of
+    from fluxcli.job.plan import size_of
     from fluxcli.models.tokenizers import Tokenizers
 
     checkpoint, engine_config, defaults = settings(options)
     image = config.ImageFormat(single.check_output(output, num_images) or format, quality)
-    try:
-        row = {"prompt": prompt, "seed": options["seed"], "num_images": num_images}
-        records = check_row(row, 0, 1, defaults)
-    except RowError as error:
-        raise UsageError(str(error)) from error
-    tokens = Tokenizers(checkpoint.tokenizers).count([prompt])[0]
-    text_length = bucket(tokens, options["text_lengths"])
-    if tokens > text_length:
+    tokenizers = Tokenizers(checkpoint.tokenizers)
+    records = single.requested(prompt, options["seed"], num_images, defaults, tokenizers, options["text_lengths"])
+    tokens, text_length = records[0].text_tokens, records[0].text_length
+    if records[0].truncated:
         say(f"the prompt has {tokens} tokens and is cut to {text_length}")
-    records = [replace(record, text_tokens=tokens, text_length=text_length) for record in records]
     size = size_of(batch_sizes(batch_size, checkpoint, engine_config), records[0].group)
     made: list[dict[str, Any]] = []
     failed: list[dict[str, Any]] = []

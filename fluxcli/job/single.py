@@ -3,15 +3,19 @@
 import os
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from fluxcli.core.config import ImageFormat
-from fluxcli.core.errors import JobError, UsageError, first_line
+from fluxcli.core.config import ImageFormat, RowDefaults
+from fluxcli.core.errors import JobError, RowError, UsageError, first_line
 from fluxcli.core.files import TEMPORARY, fsync_directory
 from fluxcli.core.records import Batch, Failure, Pictures, PromptRecord, ShapeKey
+from fluxcli.job.input.read import check_row
 from fluxcli.job.output import images
+from fluxcli.job.plan import bucket
 from fluxcli.job.run import signals
 from fluxcli.job.run.lanes import Engine
+from fluxcli.models.tokenizers import Tokenizers
 
 _SLUG = 48  # characters of the prompt in a file name
 # What makes -o a file's name; None for images of other programs.
@@ -20,24 +24,48 @@ _SUFFIXES = {".png": "png", ".jpg": "jpg", ".jpeg": "jpg", ".webp": "webp"} | di
 )
 
 
+def requested(
+    prompt: str, seed: int, count: int, defaults: RowDefaults, tokenizers: Tokenizers, text_lengths: Sequence[int]
+) -> list[PromptRecord]:
+    """One prompt as records, seeds counting up.
+
+    Raises:
+        UsageError: what a row of a job would fail for.
+    """
+    try:
+        records = check_row({"prompt": prompt, "seed": seed, "num_images": count}, 0, 1, defaults)
+    except RowError as error:
+        raise UsageError(str(error)) from error
+    (tokens,) = tokenizers.count([prompt])
+    text_length = bucket(tokens, text_lengths)
+    return [replace(record, text_tokens=tokens, text_length=text_length) for record in records]
+
+
 def shapes(records: Sequence[PromptRecord], batch_size: int) -> list[ShapeKey]:
     """The shapes that `generate` runs, in its order."""
     return [_key(records[start : start + batch_size]) for start in range(0, len(records), batch_size)]
 
 
+def made(
+    engine: Engine, records: Sequence[PromptRecord], batch_size: int
+) -> Iterator[tuple[Sequence[PromptRecord], Pictures]]:
+    """The records' images, batch by batch."""
+    for index, start in enumerate(range(0, len(records), batch_size)):
+        part = records[start : start + batch_size]
+        yield part, engine.submit(Batch(index, _key(part), part[0].num_inference_steps, part)).result()
+
+
 def generate(
     engine: Engine, records: Sequence[PromptRecord], batch_size: int, output: Path, format: ImageFormat, model: str
 ) -> Iterator[tuple[PromptRecord, Path | Failure]]:
-    """Makes and writes each record's image; never over an existing file. One that cannot be made or encoded is a
+    """Makes and writes each record's image, never over an existing file. One that cannot be made or encoded is a
     failure, and costs the others nothing. Signals are held while an image is written and told.
 
     Raises:
         JobError: the disk cannot be written.
         Stopped: a signal came.
     """
-    for index, start in enumerate(range(0, len(records), batch_size)):
-        part = records[start : start + batch_size]
-        pictures = engine.submit(Batch(index, _key(part), part[0].num_inference_steps, part)).result()
+    for part, pictures in made(engine, records, batch_size):
         for slot, record in enumerate(part):
             with signals.held():
                 yield record, _save(pictures, slot, record, output, format, model)

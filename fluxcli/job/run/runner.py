@@ -22,7 +22,6 @@ class Runner:
     def __init__(self, run: Run, intake: Intake, plan: Plan, saver: Saver, progress: Progress) -> None:
         self._run, self._intake, self._plan = run, intake, plan
         self._saver, self._progress = saver, progress
-        run.planned, run.shapes = len(intake.groups), plan.shapes()
 
     def prepare(self, make_engine: Callable[[], Engine]) -> LocalLane:
         """A lane with every shape of the plan ready."""

@@ -11,6 +11,7 @@ Until this module is imported a signal finds Python's own handler: so it imports
 import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -104,6 +105,9 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
 
 def _leave(number: int) -> None:
     try:
+        if processes := sys.modules.get("multiprocessing"):
+            for child in processes.active_children():  # which would wait for us for ever
+                child.kill()
         _state.last_words(Stopped(number))
     except BaseException as error:
         tell(f"Error: {error}")

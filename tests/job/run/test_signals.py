@@ -106,6 +106,23 @@ def test_a_fork_has_none_of_its_parents_work() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "143 False\n", "")
 
 
+def test_no_child_is_left_behind() -> None:
+    done = run("""
+        import multiprocessing, time
+        child = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
+        child.start()
+        print(child.pid, flush=True)
+        stop()
+    """)
+    assert done.returncode == 143
+    with pytest.raises(ProcessLookupError):
+        while True:  # until init has reaped it
+            os.kill(int(done.stdout), 0)
+            stat = Path(f"/proc/{done.stdout.strip()}/stat").read_text()
+            if stat.rpartition(")")[2].split()[0] == "Z":
+                raise ProcessLookupError
+
+
 def test_in_somebody_elses_process_handlers_are_lent() -> None:
     before = [signal.getsignal(number) for number in NUMBERS]
     for _ in range(2):
