@@ -10,7 +10,6 @@ import click
 from fluxcli.cli.types import BatchSize, Device, Finite, Numbers, Side
 from fluxcli.core import config
 
-FORMATS = ("png", "jpg", "webp")
 FILE = click.Path(dir_okay=False, path_type=Path)
 
 
@@ -62,7 +61,7 @@ row_options = options(
     click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True),
 )
 format_options = options(
-    click.option("--format", type=click.Choice(FORMATS), default="png", show_default=True),
+    click.option("--format", type=click.Choice(config.FORMATS), default="png", show_default=True),
     click.option("--quality", type=click.IntRange(1, 100), default=95, show_default=True, help="Of JPEG and WebP."),
 )
 batch_size_option = click.option(

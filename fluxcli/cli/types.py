@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-MOST_IMAGES = 1024  # in a batch
+from fluxcli.core.config import MOST_IMAGES
 
 
 class Numbers(click.ParamType):  # type: ignore[type-arg,unused-ignore]

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 TEXT_LENGTHS = (64, 128, 256, 512)
 MAX_TEXT_LENGTH = 512  # what FluxPipeline accepts as max_sequence_length
 BATCH_SIZE = 8
+MOST_IMAGES = 1024  # in a batch
 DTYPES = ("bfloat16", "float16", "float32")
 ATTENTION = ("cudnn", "fa4", "fa3", "fa2", "sdpa")
+FORMATS = ("png", "jpg", "webp")
 GUIDANCE = 3.5  # FluxPipeline's default, for models distilled with a guidance embedding
 
 
