@@ -13,16 +13,18 @@ package imports nothing else: the libraries come with the first `load` or `run`.
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
+
+TYPE_CHECKING = False  # as typing has it, which is slow to import, and signals are not caught before this is
+if TYPE_CHECKING:
+    from typing import Any
+
+    from fluxcli.api import FluxcliError, Job, Model, load
 
 __version__ = "0.1.0"
 __all__ = ["FluxcliError", "Job", "Model", "__version__", "load"]
 
-if TYPE_CHECKING:
-    from fluxcli.api import FluxcliError, Job, Model, load
 
-
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module("fluxcli.api"), name)

@@ -37,7 +37,7 @@ class _Cli(click.Group):
         except click.ClickException as error:
             sys.exit(_tell(error.format_message(), error.exit_code))
         except click.Abort:
-            sys.exit(130)
+            sys.exit(_tell("no answer on standard input", 1))
         except FluxcliError as error:
             sys.exit(_told(error))
         sys.exit(code if isinstance(code, int) else 0)

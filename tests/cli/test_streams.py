@@ -160,3 +160,29 @@ def test_a_signal_amid_an_import_is_a_stop(module: str, number: int, start: str,
     assert done.stderr.startswith("stopped by ") and len(done.stderr.splitlines()) == 1
     assert done.stdout == ""
     assert not list(tmp_path.rglob("*.png"))
+
+
+def test_a_stop_while_the_model_is_loaded_says_so_alone(tmp_path: Path) -> None:
+    write_rows(tmp_path / "in.jsonl", [{"prompt": "a"}])
+    arguments = ["batch", "in.jsonl", "-o", "out", "--json", *map(str, SMALL)]
+    code = IMPORTING.format(module="fluxcli.engine.engine", number=2, arguments=arguments, start=SCRIPT)
+    done: Any = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True
+    )
+    assert done.returncode == 130, done.stderr
+    assert done.stderr == (
+        "stopped by SIGINT; everything finished is committed. Run the same command again to go on.\n"
+    )
+    totals = json.loads(done.stdout)
+    assert (totals["images"], totals["failures"], totals["exit_status"]) == (0, 0, 130)
+    assert [row["exit_status"] for row in read_rows(tmp_path / "out" / "runs.jsonl")] == [130]
+    assert not (tmp_path / "out" / ".lock").exists()
+
+
+def test_a_question_without_an_answer_is_no_stop(tmp_path: Path) -> None:
+    rows = harness.write_input(tmp_path / "rows.jsonl")
+    assert harness.run(rows, tmp_path / "job") == 0
+    (tmp_path / "job" / "images" / "p1.png").unlink()
+    done = shell(f"{FLUXCLI} verify --repair job", tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].endswith("Error: no answer on standard input")

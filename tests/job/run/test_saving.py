@@ -1,7 +1,9 @@
 """One image's saving never ends the job: what is not the disk's fault fails that row, and its neighbours are kept."""
 
 import errno
+import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +87,15 @@ def test_a_disk_that_cannot_be_written_ends_the_run(rows: Path, tmp_path: Path, 
     with pytest.raises(JobError, match="No space left"):
         harness.run(rows, tmp_path / "job")
     assert not (tmp_path / "job" / "failures.jsonl").exists()
+
+
+def test_images_carry_the_last_part_of_a_local_models_path(rows: Path, tmp_path: Path) -> None:
+    job = harness.job(rows, tmp_path / "job")
+    job = replace(job, checkpoint=replace(job.checkpoint, name="/home/someone/models/mine"))
+    job.run(lambda shapes: harness.SeedEngine(), {"device": "seed", "versions": {}}, lambda text: None)
+    text = Image.open(tmp_path / "job" / "images" / "p1.png").info["parameters"]
+    assert text.endswith(", Model: mine")
+    assert json.loads((tmp_path / "job" / "job.json").read_text())["model"]["name"] == "/home/someone/models/mine"
 
 
 def test_a_prompt_too_long_for_exif_costs_no_image_and_its_row_says_so(tmp_path: Path) -> None:
