@@ -54,7 +54,7 @@ class _Cli(click.Group):
             raise
         except Exception as error:
             if ctx.meta.get("fluxcli.verbose") and not isinstance(error, signals.Stopped):
-                traceback.print_exc()
+                say(traceback.format_exc().rstrip())
             ctx.exit(_told(error))
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fluxcli.core import config
+from fluxcli.core.terminal import printable
 from fluxcli.job.run import signals
 
 if TYPE_CHECKING:
@@ -15,17 +16,10 @@ if TYPE_CHECKING:
     from fluxcli.job.plan import BatchSize
     from fluxcli.models.checkpoints import Checkpoint
 
-# Control characters, C1 among them, and those that turn the direction of text.
-_OBEYED = {
-    code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
-    for code in (*range(9), *range(11, 32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
-}
-
 
 def say(text: str) -> None:
-    """Everything for people goes to stderr; stdout carries results. What a terminal would obey is escaped: messages
-    quote files that may come from anywhere."""
-    text = text.translate(_OBEYED)
+    """Everything for people goes to stderr, as a terminal can safely show it; stdout carries results."""
+    text = printable(text)
     try:
         click.echo(text, err=True)
     except RuntimeError:  # a signal came amid a message, and this is about the signal

@@ -68,5 +68,5 @@ class Remark(UserWarning):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of a library says, short enough for one of ours."""
+    """What another library's error says, for a message of ours: its first line, or its type where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
