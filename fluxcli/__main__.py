@@ -1,5 +1,14 @@
-"""`python -m fluxcli` is the `fluxcli` command."""
+"""`fluxcli`, and `python -m fluxcli`: signals are caught before anything large is imported."""
 
-from fluxcli.cli.main import main
+from fluxcli.job.run import signals
 
-main()
+
+def main() -> None:
+    signals.install()
+    from fluxcli.cli.main import main
+
+    main()
+
+
+if __name__ == "__main__":
+    main()

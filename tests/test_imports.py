@@ -15,8 +15,10 @@ ROOT = Path(fluxcli.__file__).parent
 FLOORS = {
     "fluxcli": 0, "fluxcli.core": 1, "fluxcli.models": 2,
     "fluxcli.job": 3, "fluxcli.engine": 3,
-    "fluxcli.bench": 4, "fluxcli.cli": 5, "fluxcli.__main__": 6,
+    "fluxcli.bench": 4, "fluxcli.api": 5, "fluxcli.cli": 5, "fluxcli.__main__": 6,
 }  # fmt: skip
+
+API_OF = {"fluxcli": {"fluxcli.api"}}  # named for type checkers, imported when asked for
 
 
 def module_name(path: Path) -> str:
@@ -57,7 +59,7 @@ def outside(module: str) -> set[str]:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_point_down(module: str) -> None:
-    for other in imports(MODULES[module]):
+    for other in imports(MODULES[module]) - API_OF.get(module, set()):
         if other.partition(".")[0] == "fluxcli" and room(other) != room(module):
             assert floor(other) < floor(module) or other == "fluxcli", f"{module} imports {other}"
 
@@ -104,6 +106,21 @@ def test_help_and_version_import_no_torch(line: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "fluxcli" in done.stdout
+
+
+def test_the_package_imports_nothing_until_it_is_asked() -> None:
+    code = (
+        "import sys\nbefore = set(sys.modules)\nimport fluxcli\n"
+        "ours = {name for name in sys.modules if name.startswith('fluxcli')}\n"
+        "assert ours == {'fluxcli'}, ours\n"
+        "foreign = {name.partition('.')[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)\n"
+        "assert foreign == {'fluxcli'}, foreign\n"
+        "fluxcli.load, fluxcli.Job, fluxcli.FluxcliError\n"
+        "heavy = {'torch', 'transformers', 'diffusers', 'numpy', 'PIL', 'click', 'tqdm'} & sys.modules.keys()\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("option", ["--help", "--version"])

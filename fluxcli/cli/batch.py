@@ -92,18 +92,24 @@ def batch(
             say(f"{job.directory} holds another job: starting over in {moved.directory}")
         job = moved
     if dry_run:
-        intake, plan = job.preview(PromptFile(input))
+        intake, plan = job.preview(PromptFile(input), say)
         data = report.plan_data(intake, plan)
         if as_json:
             click.echo(json.dumps({"directory": str(job.directory), **data}, ensure_ascii=False))
         else:
             say("\n".join([report.plan_table(data), *report.failure_lines(intake.failures)]))
         return
+
+    def tell(status: int, totals: dict[str, Any]) -> None:
+        stopped = status not in (0, 3)
+        if totals["images"] or totals["failures"] or not stopped:
+            say(report.totals_lines(totals))
+        if totals["failures"]:
+            say(f"failed rows: {job.directory / 'failures.jsonl'}")
+        if as_json:
+            click.echo(json.dumps({"directory": str(job.directory), **totals, "exit_status": status}))
+
     make = partial(load_engine, checkpoint, engine_config)
-    status, totals = job.run(make, device.machine(engine_config), say)
-    say(report.totals_lines(totals))
-    if totals["failures"]:
-        say(f"failed rows: {job.directory / 'failures.jsonl'}")
-    if as_json:
-        click.echo(json.dumps({"directory": str(job.directory), **totals, "exit_status": status}))
+    status, totals = job.run(make, device.machine(engine_config), say, tell)
+    tell(status, totals)
     ctx.exit(status)

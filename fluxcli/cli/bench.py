@@ -9,7 +9,7 @@ import click
 
 from fluxcli.cli.options import TEXT_LENGTHS, choice, example, json_output, machine_options, verbosity
 from fluxcli.cli.settings import checkpoint_of, engine_settings, load_engine, say
-from fluxcli.cli.types import MOST_IMAGES, Numbers, Size
+from fluxcli.cli.types import Numbers, Size
 from fluxcli.core import config
 
 
@@ -24,7 +24,7 @@ from fluxcli.core import config
 @click.option(
     "--batch-size",
     "batch_sizes",
-    type=Numbers("batch sizes", MOST_IMAGES),
+    type=Numbers("batch sizes", config.MOST_IMAGES),
     default=(1, config.BATCH_SIZE),
     help=f"Images per batch, one figure or several.  [default: 1,{config.BATCH_SIZE}]",
 )

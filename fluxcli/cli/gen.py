@@ -1,7 +1,7 @@
 """`fluxcli gen`."""
 
 import json
-from dataclasses import replace
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,36 @@ from fluxcli.cli.options import (
 )
 from fluxcli.cli.settings import batch_sizes, load_engine, say, settings
 from fluxcli.core import config
-from fluxcli.core.errors import UsageError
+from fluxcli.job.run import signals
 
 
-@click.command(epilog=example('fluxcli gen "a green star on a white background" -n 4 -o stars'))
-@click.argument("prompt")
+class _Prompted(click.Command):
+    """Says what to do about a prompt that looks like an option."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        given = list(args)
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as error:
+            unknown = isinstance(error, click.NoSuchOption) and not error.option_name.startswith("--")
+            if unknown or any(arg.startswith("-") and " " in arg and "=" not in arg for arg in given):
+                hint = 'a prompt that begins with - goes last, after --: fluxcli gen -- "-1 degrees"'
+                raise click.UsageError(f"{error.format_message().rstrip('.')}; {hint}", ctx) from error
+            raise
+
+
+def _text(ctx: click.Context, param: click.Parameter, prompt: str) -> str:
+    try:
+        if any("\udc80" <= char <= "\udcff" for char in prompt):  # bytes that Python could not read in this locale
+            prompt = os.fsencode(prompt).decode("utf-8")
+        prompt.encode("utf-8")
+    except UnicodeError as error:
+        raise click.BadParameter(f"is not valid UTF-8: {error}", ctx, param) from error
+    return prompt
+
+
+@click.command(cls=_Prompted, epilog=example('fluxcli gen "a green star on a white background" -n 4 -o stars'))
+@click.argument("prompt", callback=_text)
 @click.option(
     "-n",
     "--num-images",
@@ -45,7 +70,10 @@ from fluxcli.core.errors import UsageError
 @engine_options
 @json_output
 @verbosity
+@click.pass_context
 def gen(
+    ctx: click.Context,
+    /,
     prompt: str,
     num_images: int,
     output: Path,
@@ -56,32 +84,50 @@ def gen(
     **options: Any,
 ) -> None:
     """Make images of one PROMPT and print their paths."""
-    from fluxcli.core.errors import RowError
+    from fluxcli.core.records import Failure
     from fluxcli.job import single
-    from fluxcli.job.input.read import check_row
+    from fluxcli.job.output.images import comment_truncated
     from fluxcli.job.output.store import record_settings
-    from fluxcli.job.plan import bucket, size_of
+    from fluxcli.job.plan import size_of
     from fluxcli.models.tokenizers import Tokenizers
 
     checkpoint, engine_config, defaults = settings(options)
     image = config.ImageFormat(single.check_output(output, num_images) or format, quality)
-    try:
-        row = {"prompt": prompt, "seed": options["seed"], "num_images": num_images}
-        records = check_row(row, 0, 1, defaults)
-    except RowError as error:
-        raise UsageError(str(error)) from error
-    tokens = Tokenizers(checkpoint.tokenizers).count([prompt])[0]
-    text_length = bucket(tokens, options["text_lengths"])
-    if tokens > text_length:
+    tokenizers = Tokenizers(checkpoint.tokenizers)
+    records = single.requested(prompt, options["seed"], num_images, defaults, tokenizers, options["text_lengths"])
+    tokens, text_length = records[0].text_tokens, records[0].text_length
+    if records[0].truncated:
         say(f"the prompt has {tokens} tokens and is cut to {text_length}")
-    records = [replace(record, text_tokens=tokens, text_length=text_length) for record in records]
     size = size_of(batch_sizes(batch_size, checkpoint, engine_config), records[0].group)
-    engine = load_engine(checkpoint, engine_config, single.shapes(records, size))
-    made = []
-    for record, path in single.generate(engine, records, size, output, image, checkpoint.name):
-        text = {"text_tokens": tokens, "text_length": text_length, "truncated": record.truncated}
-        made.append({"file_name": str(path), **record_settings(record), **text})
-        if not as_json:
-            click.echo(str(path))
-    if as_json:
-        click.echo(json.dumps({"model": checkpoint.name, "images": made}, ensure_ascii=False))
+    made: list[dict[str, Any]] = []
+    failed: list[dict[str, Any]] = []
+
+    def tell() -> None:
+        if as_json:
+            failures = {"failures": failed} if failed else {}
+            click.echo(json.dumps({"model": checkpoint.name, "images": made, **failures}, ensure_ascii=False))
+
+    def leave(stopped: signals.Stopped) -> None:
+        say(f"{stopped}; {len(made)} of {len(records)} images are written")
+        tell()
+
+    with signals.last_words(leave):
+        engine = load_engine(checkpoint, engine_config, single.shapes(records, size))
+        try:
+            for record, outcome in single.generate(engine, records, size, output, image, checkpoint.label):
+                if isinstance(outcome, Failure):
+                    say(f"seed {record.seed}: {outcome.message}; nothing is written for it")
+                    failed.append({"seed": record.seed, "error": outcome.as_row()["error"]})
+                    continue
+                text = {"text_tokens": tokens, "text_length": text_length, "truncated": record.truncated}
+                made.append({"file_name": str(outcome), **record_settings(record), **text})
+                if comment_truncated(image, record, checkpoint.label):
+                    made[-1]["comment_truncated"] = True
+                if not as_json:
+                    click.echo(str(outcome))
+        except signals.Stopped as stopped:
+            leave(stopped)
+            ctx.exit(stopped.exit_code)
+    tell()
+    if failed:
+        ctx.exit(3 if made else 1)

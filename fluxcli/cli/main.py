@@ -9,14 +9,17 @@ from typing import Any
 import click
 
 from fluxcli import __version__
+from fluxcli.cli import streams
 from fluxcli.cli.batch import batch
 from fluxcli.cli.bench import bench
 from fluxcli.cli.gen import gen
 from fluxcli.cli.options import example, verbosity
 from fluxcli.cli.settings import say
+from fluxcli.cli.streams import Unwritable
 from fluxcli.cli.verify import verify
 from fluxcli.cli.warmup import warmup
 from fluxcli.core.errors import FluxcliError, Remark
+from fluxcli.job.run import signals
 
 
 class _Cli(click.Group):
@@ -34,7 +37,9 @@ class _Cli(click.Group):
         except click.ClickException as error:
             sys.exit(_tell(error.format_message(), error.exit_code))
         except click.Abort:
-            sys.exit(130)
+            sys.exit(_tell("no answer on standard input", 1))
+        except FluxcliError as error:
+            sys.exit(_told(error))
         sys.exit(code if isinstance(code, int) else 0)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -47,15 +52,22 @@ class _Cli(click.Group):
             return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort, KeyboardInterrupt):
             raise
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left; nobody is told
-            ctx.exit(1)
         except Exception as error:
-            if ctx.meta.get("fluxcli.verbose"):
-                traceback.print_exc()
-            if isinstance(error, FluxcliError):
-                ctx.exit(_tell(str(error), error.exit_code))
-            ctx.exit(_tell(f"{type(error).__name__}: {error} (-v shows where)", 1))
+            if ctx.meta.get("fluxcli.verbose") and not isinstance(error, signals.Stopped):
+                say(traceback.format_exc().rstrip())
+            ctx.exit(_told(error))
+
+
+def _told(error: Exception) -> int:
+    """Says what went wrong; the exit code."""
+    if isinstance(error, signals.Stopped):
+        say(str(error))
+        return error.exit_code
+    if isinstance(error, Unwritable) and error.quiet:
+        return error.exit_code
+    if isinstance(error, FluxcliError):
+        return _tell(str(error), error.exit_code)
+    return _tell(f"{type(error).__name__}: {error} (-v shows where)", 1)
 
 
 def _tell(message: str, exit_code: int) -> int:
@@ -79,4 +91,6 @@ for each in (gen, batch, warmup, bench, verify):
 
 
 def main() -> None:
+    signals.install()
+    streams.protect()
     cli(prog_name="fluxcli")

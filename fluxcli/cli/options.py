@@ -10,7 +10,6 @@ import click
 from fluxcli.cli.types import BatchSize, Device, Finite, Numbers, Side
 from fluxcli.core import config
 
-FORMATS = ("png", "jpg", "webp")
 FILE = click.Path(dir_okay=False, path_type=Path)
 
 
@@ -116,7 +115,9 @@ row_options = options(
     ),
 )
 format_options = options(
-    click.option("--format", type=choice(*FORMATS), default="png", show_default=True, help="Of the image files."),
+    click.option(
+        "--format", type=choice(*config.FORMATS), default="png", show_default=True, help="Of the image files."
+    ),
     click.option(
         "--quality", type=click.IntRange(1, 100), metavar="N", default=95, show_default=True, help="Of JPEG and WebP."
     ),

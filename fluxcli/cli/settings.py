@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fluxcli.core import config
+from fluxcli.core.terminal import printable
+from fluxcli.job.run import signals
 
 if TYPE_CHECKING:
     from fluxcli.core.records import ShapeKey
@@ -15,8 +17,12 @@ if TYPE_CHECKING:
 
 
 def say(text: str) -> None:
-    """Everything for people goes to stderr; stdout carries results."""
-    click.echo(text, err=True)
+    """Everything for people goes to stderr, as a terminal can safely show it; stdout carries results."""
+    text = printable(text)
+    try:
+        click.echo(text, err=True)
+    except RuntimeError:  # a signal came amid a message, and this is about the signal
+        signals.tell(text)
 
 
 def checkpoint_of(name: str | None, revision: str | None) -> "Checkpoint":

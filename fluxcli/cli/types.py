@@ -5,9 +5,8 @@ from typing import Any
 
 import click
 
+from fluxcli.core.config import MOST_IMAGES
 from fluxcli.models.flux1.family import FLUX1
-
-MOST_IMAGES = 1024  # in a batch
 
 
 class _Type(click.ParamType):  # type: ignore[type-arg,unused-ignore]

@@ -89,7 +89,7 @@ def warmup(
     sizes_of = batch_sizes(batch_size, checkpoint, engine_config)
     if input is not None:
         job = Job(input, Path(), checkpoint, engine_config, defaults, lengths, config.ImageFormat(), sizes_of)
-        keys = job.whole_plan(PromptFile(input)).shapes()
+        keys = job.whole_plan(PromptFile(input), say).shapes()
     else:
         chosen = sizes or [(defaults.width, defaults.height)]
         groups = {Group(height, width, length, 1) for width, height in chosen for length in lengths}

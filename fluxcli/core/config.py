@@ -5,9 +5,11 @@ from dataclasses import dataclass
 TEXT_LENGTHS = (64, 128, 256, 512)
 MAX_TEXT_LENGTH = 512  # what FluxPipeline accepts as max_sequence_length
 BATCH_SIZE = 8
+MOST_IMAGES = 1024  # in a batch
 DTYPES = ("bfloat16", "float16", "float32")
 ATTENTION = ("cudnn", "fa4", "fa3", "fa2", "sdpa")
 MAX_STEPS = 1000  # denoising steps that a row may ask for
+FORMATS = ("png", "jpg", "webp")
 
 
 @dataclass(frozen=True)

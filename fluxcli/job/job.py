@@ -19,8 +19,13 @@ from fluxcli.job.output.lock import utc_now
 from fluxcli.job.output.store import JobStore, check_identity, committed_status, read_committed, read_failed
 from fluxcli.job.plan import BatchSize, Plan, padded_sizes, plan, size_of
 from fluxcli.job.report import text as report
-from fluxcli.job.run.progress import Progress
-from fluxcli.job.run.runner import Engine, Runner, Stopped
+from fluxcli.job.run import signals
+from fluxcli.job.run.lanes import Engine
+from fluxcli.job.run.progress import Progress, Reading, told_if_slow
+from fluxcli.job.run.runner import Runner
+from fluxcli.job.run.saving import Saver
+from fluxcli.job.run.signals import Stopped
+from fluxcli.job.run.totals import Run
 from fluxcli.models.checkpoints import Checkpoint
 from fluxcli.models.tokenizers import Tokenizers
 
@@ -81,14 +86,14 @@ class Job:
                 number += 1
                 job = replace(self, directory=self.directory.with_name(f"{self.directory.name}-{number}"))
 
-    def preview(self, source: PromptFile) -> tuple[Intake, Plan]:
+    def preview(self, source: PromptFile, say: Callable[[str], None] = lambda text: None) -> tuple[Intake, Plan]:
         """The plan as a look from outside: no lock taken, nothing mended, nothing written.
 
         Raises:
             InputError: a bad row, where the job is strict.
         """
         check_identity(self.directory, self.identity)
-        intake = self._take_in(source, committed_status(read_committed(self.directory)))
+        intake = self._take_in(source, committed_status(read_committed(self.directory)), say)
         if not self.retry_failed:
             failed = read_failed(self.directory)
             intake.drop(lambda id, line: (id, line) in failed)
@@ -100,9 +105,9 @@ class Job:
             )
         return intake, self.plan(intake)
 
-    def whole_plan(self, source: PromptFile) -> Plan:
+    def whole_plan(self, source: PromptFile, say: Callable[[str], None] = lambda text: None) -> Plan:
         """The plan of the whole input, whatever is done already: what warming up has to cover."""
-        return self.plan(self._take_in(source, lambda record: None))
+        return self.plan(self._take_in(source, lambda record: None, say))
 
     def plan(self, intake: Intake) -> Plan:
         sizes_of = {group: size_of(self.batch_size, group) for group in set(intake.groups)}
@@ -110,42 +115,73 @@ class Job:
         return plan(intake.groups, sizes_of.__getitem__, sizes, intake.prompts)
 
     def run(
-        self, make_engine: Callable[[list[ShapeKey]], Engine], machine: dict[str, Any], say: Callable[[str], None]
+        self,
+        make_engine: Callable[[list[ShapeKey]], Engine],
+        machine: dict[str, Any],
+        say: Callable[[str], None],
+        tell: Callable[[int, dict[str, Any]], None] = lambda status, totals: None,
     ) -> tuple[int, dict[str, Any]]:
         """Does what is missing. Returns the exit code and the run's totals.
 
         Args:
             make_engine: given every shape that it will have to run.
             machine: device, dtype and versions for runs.jsonl.
+            tell: given what would be returned, where a signal ends the process before anything is in flight.
 
         Raises:
             FluxcliError: nothing more can be done; what was committed stays.
         """
         with closing(PromptFile(self.input)) as source:
             if self.strict:
-                self.preview(source)
-            with closing(JobStore(self.directory, self.identity, self.image.suffix, say)) as store:
-                intake = self._take_in(source, store.status)
-                skipped = 0 if self.retry_failed else intake.drop(store.failed_before)
-                for line in report.failure_lines(intake.failures):
-                    say(line)
-                todo = self.plan(intake)
-                runner = Runner(store, intake, todo, self.image, self.checkpoint.name, self.max_failures)
-                status = 1
-                try:
-                    with Progress(len(intake.groups)) as progress:
-                        runner.run(lambda: make_engine(todo.shapes()), progress)
-                    status = 3 if runner.totals.failures or skipped else 0
-                except Stopped as stop:
-                    status = stop.exit_code
-                    say(f"stopped by {stop}; everything finished is committed. Run the same command again to go on.")
-                finally:
-                    runner.record(status, machine)
-        return status, report.totals_data(runner.totals, intake.done, skipped)
+                self.preview(source, say)
+            with told_if_slow(say, f"{self.directory}: reading what is done"):
+                store = JobStore(self.directory, self.identity, self.image.suffix, say)
+            with closing(store):
+                run = Run(store, machine)
+                skipped, status, done = 0, 1, store.images
 
-    def _take_in(self, source: PromptFile, status: Status) -> Intake:
+                def stop(stopped: Stopped) -> None:
+                    say(f"{stopped}; everything finished is committed. Run the same command again to go on.")
+                    run.record(stopped.exit_code)
+
+                def leave(stopped: Stopped) -> None:
+                    stop(stopped)
+                    store.close()
+                    tell(stopped.exit_code, report.totals_data(run.totals, done, skipped))
+
+                with signals.last_words(leave):
+                    try:
+                        intake = self._take_in(source, store.status, say)
+                        done, skipped = intake.done, 0 if self.retry_failed else intake.drop(store.failed_before)
+                        for line in report.failure_lines(intake.failures):
+                            say(line)
+                        self._make(run, intake, make_engine)
+                        status = 3 if run.totals.failures or skipped else 0
+                    except Stopped as stopped:
+                        status = stopped.exit_code
+                        stop(stopped)
+                    finally:
+                        with signals.held():
+                            run.record(status)
+        return status, report.totals_data(run.totals, done, skipped)
+
+    def _make(self, run: Run, intake: Intake, make_engine: Callable[[list[ShapeKey]], Engine]) -> None:
+        todo = self.plan(intake)
+        run.planned, run.shapes = len(intake.groups), todo.shapes()
+        with Progress(len(intake.groups)) as progress:
+            saver = Saver(run, self.image, self.checkpoint.label, progress, self.max_failures)
+            with signals.held():
+                saver.fail(intake.failures)
+            if not len(todo):
+                return
+            runner = Runner(run, intake, todo, saver, progress)
+            lane = runner.prepare(lambda: make_engine(todo.shapes()))
+            with signals.held():
+                runner.run(lane)
+
+    def _take_in(self, source: PromptFile, status: Status, say: Callable[[str], None]) -> Intake:
         count = Tokenizers(self.checkpoint.tokenizers).count
-        return take_in(source, self.defaults, self.text_lengths, count, status, self.limit)
+        return take_in(source, self.defaults, self.text_lengths, count, status, self.limit, Reading(say))
 
 
 def _known_fingerprint(directory: Path) -> str | None:

@@ -1,21 +1,44 @@
-"""`fluxcli gen`: one prompt, a few pictures, plain files; no job directory."""
+"""`fluxcli gen`: one prompt, a few images, plain files; no job directory."""
 
+import os
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from fluxcli.core.config import ImageFormat
-from fluxcli.core.errors import JobError, UsageError
-from fluxcli.core.files import TEMPORARY
-from fluxcli.core.records import Batch, PromptRecord, ShapeKey
+from fluxcli.core.config import ImageFormat, RowDefaults
+from fluxcli.core.errors import JobError, RowError, UsageError, first_line
+from fluxcli.core.files import TEMPORARY, fsync_directory
+from fluxcli.core.records import Batch, Failure, Pictures, PromptRecord, ShapeKey
+from fluxcli.job.input.read import check_row
 from fluxcli.job.output import images
-from fluxcli.job.run.runner import Engine
+from fluxcli.job.plan import bucket
+from fluxcli.job.run import signals
+from fluxcli.job.run.lanes import Engine
+from fluxcli.models.tokenizers import Tokenizers
 
 _SLUG = 48  # characters of the prompt in a file name
-# What makes -o a file's name; None for pictures of other programs.
+# What makes -o a file's name; None for images of other programs.
 _SUFFIXES = {".png": "png", ".jpg": "jpg", ".jpeg": "jpg", ".webp": "webp"} | dict.fromkeys(
     (".avif", ".bmp", ".gif", ".heic", ".tif", ".tiff")
 )
+
+
+def requested(
+    prompt: str, seed: int, count: int, defaults: RowDefaults, tokenizers: Tokenizers, text_lengths: Sequence[int]
+) -> list[PromptRecord]:
+    """One prompt as records, seeds counting up.
+
+    Raises:
+        UsageError: what a row of a job would fail for.
+    """
+    try:
+        records = check_row({"prompt": prompt, "seed": seed, "num_images": count}, 0, 1, defaults)
+    except RowError as error:
+        raise UsageError(str(error)) from error
+    (tokens,) = tokenizers.count([prompt])
+    text_length = bucket(tokens, text_lengths)
+    return [replace(record, text_tokens=tokens, text_length=text_length) for record in records]
 
 
 def shapes(records: Sequence[PromptRecord], batch_size: int) -> list[ShapeKey]:
@@ -23,17 +46,42 @@ def shapes(records: Sequence[PromptRecord], batch_size: int) -> list[ShapeKey]:
     return [_key(records[start : start + batch_size]) for start in range(0, len(records), batch_size)]
 
 
-def generate(
-    engine: Engine, records: Sequence[PromptRecord], batch_size: int, output: Path, format: ImageFormat, model: str
-) -> Iterator[tuple[PromptRecord, Path]]:
-    """Makes and writes each record's picture; never over an existing file."""
+def made(
+    engine: Engine, records: Sequence[PromptRecord], batch_size: int
+) -> Iterator[tuple[Sequence[PromptRecord], Pictures]]:
+    """The records' images, batch by batch."""
     for index, start in enumerate(range(0, len(records), batch_size)):
         part = records[start : start + batch_size]
-        pictures = engine.submit(Batch(index, _key(part), part[0].num_inference_steps, part)).result()
+        yield part, engine.submit(Batch(index, _key(part), part[0].num_inference_steps, part)).result()
+
+
+def generate(
+    engine: Engine, records: Sequence[PromptRecord], batch_size: int, output: Path, format: ImageFormat, model: str
+) -> Iterator[tuple[PromptRecord, Path | Failure]]:
+    """Makes and writes each record's image, never over an existing file. One that cannot be made or encoded is a
+    failure, and costs the others nothing. Signals are held while an image is written and told.
+
+    Raises:
+        JobError: the disk cannot be written.
+        Stopped: a signal came.
+    """
+    for part, pictures in made(engine, records, batch_size):
         for slot, record in enumerate(part):
-            if not pictures.finite[slot]:
-                raise JobError(f"seed {record.seed}: the model's output is not finite; nothing is written for it")
-            yield record, _write(images.encode(pictures.pixels[slot], format, record, model), output, record, format)
+            with signals.held():
+                yield record, _save(pictures, slot, record, output, format, model)
+            signals.check()
+
+
+def _save(
+    pictures: Pictures, slot: int, record: PromptRecord, output: Path, format: ImageFormat, model: str
+) -> Path | Failure:
+    if not pictures.finite[slot]:
+        return Failure(record.id, record.line, "non_finite", "the model's output is not finite")
+    try:
+        data = images.encode(pictures.pixels[slot], format, record, model)
+    except Exception as error:
+        return Failure(record.id, record.line, "encode_error", first_line(error))
+    return _write(data, output, record, format)
 
 
 def _key(part: Sequence[PromptRecord]) -> ShapeKey:
@@ -60,14 +108,24 @@ def check_output(output: Path, count: int) -> str | None:
 
 
 def _write(data: bytes, output: Path, record: PromptRecord, format: ImageFormat) -> Path:
-    """Takes a free name, then puts the whole picture there at once."""
+    """Takes a free name, then puts the whole image there at once. Leaves nothing where that fails."""
     try:
         path = _reserve(output, record, format)
         temporary = path.with_name(f".{path.name}{TEMPORARY}")
-        temporary.write_bytes(data)
-        return temporary.replace(path)
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            for left in (temporary, path):
+                left.unlink(missing_ok=True)
+            raise
+        fsync_directory(path.parent)
     except OSError as error:
         raise JobError(f"-o {output}: cannot be written: {error.strerror}") from error
+    return path
 
 
 def _reserve(output: Path, record: PromptRecord, format: ImageFormat) -> Path:

@@ -1,6 +1,7 @@
 """Which directory a --model name means: a diffusers pipeline directory, a hub id, the built-in `tiny`, or
 `random:flux-dev` / `random:flux-schnell`. Torch-free; of weight files no more than heads and samples."""
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,6 +53,11 @@ class Checkpoint:
         """(library, class) that a part is made with."""
         path = self.directory / INDEX
         return self.family.parts[part].library, class_of(path, read_json(path), part, self.family)
+
+    @property
+    def label(self) -> str:
+        """The name that images carry. Of a local path its last part: where somebody keeps models is not for others."""
+        return self.name if self.revision else os.path.basename(os.path.abspath(self.name))
 
     @property
     def tokenizers(self) -> Path:

@@ -1,14 +1,21 @@
 """`fluxcli gen`: one prompt, image files, one path per line."""
 
+import errno
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from fluxcli.job import single
+from fluxcli.job.output import images
 from tests.cli.conftest import SMALL, files
-from tests.conftest import Result, read_rows, write_rows
+from tests.conftest import ENVIRONMENT, Result, read_rows, write_rows
 
 PROMPT = "a red circle, 星"
 
@@ -128,3 +135,176 @@ def test_an_empty_prompt_is_wrong_usage(inside, tmp_path: Path, prompt: str) -> 
     assert result.returncode == 2
     assert "prompt is empty" in result.stderr
     assert not files(tmp_path)
+
+
+# Prompts that the shell or the command line would take for something else
+
+
+@pytest.mark.parametrize("prompt", ["-1 degrees outside", "-number nine", "-n degrees", "-1"])
+def test_a_prompt_that_looks_like_an_option_is_told_how_to_be_one(inside, tmp_path: Path, prompt: str) -> None:
+    result = inside("gen", prompt)
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert 'gen -- "' in result.stderr
+    assert not files(tmp_path)
+
+
+def test_a_mistyped_option_is_no_prompt(inside) -> None:
+    assert "gen --" not in inside("gen", "a", "--stepz", 3).stderr.replace("gen --help", "")
+
+
+@pytest.mark.parametrize("environment", [{}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}])
+def test_a_prompt_of_bytes_that_are_no_text_is_wrong_usage(tmp_path: Path, environment: dict[str, str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "fluxcli", "gen", b"caf\xe9", *map(str, SMALL)],
+        cwd=tmp_path,
+        env={**os.environ, **ENVIRONMENT, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "UTF-8" in done.stderr and "0xe9" in done.stderr
+    assert not files(tmp_path)
+
+
+def test_a_prompt_that_is_text_is_read_in_any_locale(inside, tmp_path: Path) -> None:
+    misread = "café".encode().decode("ascii", "surrogateescape")  # as Python does where the locale is ASCII
+    result = inside("gen", misread, *SMALL, "--json")
+    assert result.returncode == 0, result.stderr
+    assert result.json["images"][0]["prompt"] == "café"
+
+
+# One image's saving costs no other image
+
+
+@pytest.fixture
+def broken_for(monkeypatch: pytest.MonkeyPatch):
+    def break_(*seeds: int) -> None:
+        real = images.encode
+
+        def encode(pixels: Any, format: Any, record: Any, model: str) -> bytes:
+            if record.seed in seeds:
+                raise ValueError("it cannot be encoded")
+            return real(pixels, format, record, model)
+
+        monkeypatch.setattr(images, "encode", encode)
+
+    return break_
+
+
+def test_an_image_that_cannot_be_encoded_costs_no_other(inside, tmp_path: Path, broken_for) -> None:
+    broken_for(1)
+    result = inside("gen", "a", "-n", 3, *SMALL)
+    assert result.returncode == 3
+    assert result.stdout.split() == ["a-0.png", "a-2.png"]
+    assert set(files(tmp_path)) == {"a-0.png", "a-2.png"}
+    assert "seed 1: it cannot be encoded; nothing is written for it" in result.stderr.splitlines()
+    told = inside("gen", "a", "-n", 3, *SMALL, "--json", "-o", "j")
+    assert [image["seed"] for image in told.json["images"]] == [0, 2]
+    assert told.json["failures"] == [{"seed": 1, "error": {"type": "encode_error", "message": "it cannot be encoded"}}]
+
+
+def test_no_image_at_all_is_a_failure(inside, tmp_path: Path, broken_for) -> None:
+    broken_for(0)
+    result = inside("gen", "a", *SMALL)
+    assert (result.returncode, result.stdout, files(tmp_path)) == (1, "", {})
+
+
+def test_a_prompt_too_long_for_exif_is_made_and_told(inside, tmp_path: Path) -> None:
+    result = inside("gen", "word " * 7200, *SMALL, "-o", "a.jpg", "--json")
+    assert result.returncode == 0, result.stderr
+    assert result.json["images"][0]["comment_truncated"] is True
+    comment = Image.open(tmp_path / "a.jpg").getexif().get_ifd(0x8769)[0x9286][8:].decode("utf-16-be")
+    assert "…\nSteps: 1, " in comment
+
+
+def test_a_local_model_is_known_by_its_last_part(inside, pipeline, tmp_path: Path) -> None:
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "my, model").symlink_to(pipeline())
+    for name in ("private/my, model", "private/my, model/", tmp_path / "private" / "my, model"):
+        result = inside("gen", "a", "-m", name, *SMALL[2:], "--json")
+        assert result.returncode == 0, result.stderr
+        (image,) = result.json["images"]
+        text = Image.open(tmp_path / image["file_name"]).info["parameters"]
+        assert text.endswith('Model: "my, model"')
+        assert result.json["model"] == str(name)
+
+
+# A disk that cannot be written
+
+
+@pytest.mark.parametrize("output", ["out.png", "new/place"])
+def test_a_full_disk_leaves_nothing_and_the_same_command_works_later(
+    inside, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as disk:
+        disk.setattr(single.os, "fsync", full)
+        result = inside("gen", "a", *SMALL, "-o", output)
+    assert result.returncode == 1
+    assert f"-o {output}: cannot be written: No space left on device" in result.stderr
+    assert (result.stdout, files(tmp_path)) == ("", {})
+    again = inside("gen", "a", *SMALL, "-o", output)
+    assert again.returncode == 0, again.stderr
+    assert set(files(tmp_path)) == {again.stdout.strip()}
+
+
+def test_a_really_full_file_system(inside, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("this machine allows no mounts")
+    try:
+        (disk / "fill").write_bytes(b"x" * 8192)
+        result = inside("gen", "a", *SMALL, "-o", "disk/out.png")
+        assert result.returncode == 1
+        assert "No space left on device" in result.stderr
+        assert set(files(disk)) == {"fill"}
+        (disk / "fill").unlink()
+        subprocess.run(["mount", "-o", "remount,size=1m", disk], check=True)
+        assert inside("gen", "a", *SMALL, "-o", "disk/out.png").returncode == 0
+        assert set(files(disk)) == {"out.png"}
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_an_image_is_on_disk_for_sure_before_it_has_its_name(inside, tmp_path: Path, monkeypatch) -> None:
+    calls = []
+    real_fsync, real_replace = os.fsync, Path.replace
+
+    def fsync(descriptor: int) -> None:
+        calls.append("fsync")
+        real_fsync(descriptor)
+
+    def replace(self: Path, target: Path) -> Path:
+        calls.append("replace")
+        return real_replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "replace", replace)
+    assert inside("gen", "a", *SMALL).returncode == 0
+    assert calls == ["fsync", "replace", "fsync"]
+
+
+# Signals
+
+
+def test_a_stopped_gen_tells_what_it_wrote(tmp_path: Path) -> None:
+    arguments = [sys.executable, "-m", "fluxcli", "gen", "a", "-n", "500", "--batch-size", "1", *map(str, SMALL)]
+    with subprocess.Popen(
+        arguments, cwd=tmp_path, env={**os.environ, **ENVIRONMENT}, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout and process.stderr
+        first = process.stdout.readline()
+        process.send_signal(signal.SIGTERM)
+        stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 143
+    told = (first + stdout).decode().split()
+    assert set(told) == set(files(tmp_path)), "nothing torn, nothing untold"
+    assert stderr.decode().splitlines()[-1] == f"stopped by SIGTERM; {len(told)} of 500 images are written"
+    assert b"Traceback" not in stderr
+    for name in told:
+        Image.open(tmp_path / name).verify()

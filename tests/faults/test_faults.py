@@ -18,7 +18,7 @@ from fluxcli.core.errors import DeviceError, JobError, OutOfMemory
 from fluxcli.core.records import Batch
 from fluxcli.job.output import store
 from fluxcli.job.report.verify import verify
-from fluxcli.job.run.runner import TooManyFailures
+from fluxcli.job.run.saving import TooManyFailures
 from tests.conftest import read_rows
 from tests.faults import harness
 from tests.faults.harness import SeedEngine

@@ -72,6 +72,7 @@ def take_in(
     count_tokens: TokenCounter,
     status: Status = lambda record: None,
     limit: int | None = None,
+    tick: Callable[[], None] = lambda: None,
 ) -> Intake:
     """Reads `source` to its end, or its first `limit` rows.
 
@@ -79,6 +80,7 @@ def take_in(
         count_tokens: T5 tokens of each prompt, end token included.
         status: "done" for an image that is committed already, None for one to make; raises RowError for one that may
             not be made.
+        tick: called for every row.
     """
     intake = Intake(source, defaults, text_lengths)
     seen: set[str] = set()
@@ -107,6 +109,7 @@ def take_in(
         if limit is not None and raw.number >= limit:
             break
         intake.rows += 1
+        tick()
         try:
             if isinstance(raw.value, RowError):
                 raise raw.value

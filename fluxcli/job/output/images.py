@@ -1,6 +1,7 @@
 """Pixels -> the bytes of a picture file, with prompt, seed and settings inside."""
 
 import io
+import json
 import struct
 import zlib
 from typing import TYPE_CHECKING, Any
@@ -18,16 +19,17 @@ if TYPE_CHECKING:
 _PNG = {"compress_level": 1, "compress_type": zlib.Z_RLE}
 _EXIF_IFD, _USER_COMMENT = 0x8769, 0x9286
 _BYTE, _UNDEFINED = 1, 7  # TIFF's types
+_JPEG_SEGMENT = 2**16 - 1 - 2  # bytes that a JPEG keeps its whole EXIF in
 
 
 def encode(pixels: "np.ndarray[Any, Any]", format: ImageFormat, record: PromptRecord, model: str) -> bytes:
     """A PNG, JPEG or WebP of uint8 pixels [H, W, 3]. The same arguments give the same bytes."""
     image = Image.fromarray(pixels)
-    text = parameters(record, model)
+    text, _ = _comment(format, record, model)
     out = io.BytesIO()
     if format.name == "png":
         info = PngImagePlugin.PngInfo()
-        info.add_itxt("parameters", text)
+        info.add_text("parameters", text)  # tEXt, which every reader knows, and iTXt where it is not Latin-1
         image.save(out, "PNG", pnginfo=info, **_PNG)
     elif format.name == "jpg":
         image.save(out, "JPEG", quality=format.quality, exif=_exif(text))
@@ -36,14 +38,40 @@ def encode(pixels: "np.ndarray[Any, Any]", format: ImageFormat, record: PromptRe
     return out.getvalue()
 
 
-def parameters(record: PromptRecord, model: str) -> str:
+def comment_truncated(format: ImageFormat, record: PromptRecord, model: str) -> bool:
+    """Whether an image of this format holds only the beginning of its prompt."""
+    return _comment(format, record, model)[1]
+
+
+def parameters(prompt: str, record: PromptRecord, model: str) -> str:
     """The settings in the form that AUTOMATIC1111's web UI writes and most viewers read."""
     settings = [f"Steps: {record.num_inference_steps}", "Sampler: Euler", "CFG scale: 1"]
     if record.guidance_scale is not None:
         settings.append(f"Distilled CFG Scale: {record.guidance_scale:.10g}")
-    settings += [f"Seed: {record.seed}", f"Size: {record.width}x{record.height}", f"Model: {model}"]
-    prompt = record.prompt.replace("\0", " ")  # a NUL would end the text early in most readers
+    settings += [f"Seed: {record.seed}", f"Size: {record.width}x{record.height}", f"Model: {_quoted(model)}"]
+    prompt = prompt.replace("\0", " ")  # a NUL would end the text early in most readers
     return f"{prompt}\n{', '.join(settings)}"
+
+
+def _comment(format: ImageFormat, record: PromptRecord, model: str) -> tuple[str, bool]:
+    """What is written into the image, and whether the prompt had to be cut for it. The settings always fit."""
+    whole = parameters(record.prompt, record, model)
+    if format.name != "jpg":
+        return whole, False
+    most = _JPEG_SEGMENT - len(_exif(""))
+    surplus = len(whole.encode("utf-16-be")) - most
+    if surplus <= 0:
+        return whole, False
+    kept = len(record.prompt.encode("utf-16-be")) - surplus - len("…".encode("utf-16-be"))
+    # Half of a surrogate pair at the cut is left out.
+    prompt = record.prompt.encode("utf-16-be")[: max(0, kept)].decode("utf-16-be", "ignore")
+    return parameters(prompt + "…", record, model), True
+
+
+def _quoted(value: str) -> str:
+    """As the web UI writes a value that holds what separates values; bytes of a path that are no text are escaped."""
+    value = value.encode("utf-8", "backslashreplace").decode("utf-8")
+    return json.dumps(value, ensure_ascii=False) if any(char in value for char in ',:\n"') else value
 
 
 def _exif(text: str) -> bytes:

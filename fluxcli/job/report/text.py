@@ -7,7 +7,7 @@ from typing import Any
 from fluxcli.core.records import Failure
 from fluxcli.job.input.intake import Intake
 from fluxcli.job.plan import Plan
-from fluxcli.job.run.runner import Totals
+from fluxcli.job.run.totals import Totals
 
 
 def plan_data(intake: Intake, plan: Plan) -> dict[str, Any]:

@@ -1,14 +1,19 @@
 """How a running job shows itself on stderr: a bar on a terminal, else a line now and then."""
 
+import contextlib
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
 
+from fluxcli.core.terminal import printable
+
 _SECONDS_BETWEEN_LINES = 30.0
+_PATIENCE = 2.0  # seconds in which nothing need be said
 
 
 class Progress:
@@ -47,6 +52,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """A line of text beside the bar."""
+        text = printable(text)
         if self._bar is not None:
             self._bar.write(text, file=sys.stderr)
         else:
@@ -60,3 +66,30 @@ class Progress:
             f"{self._done}/{self._total} images, {rate:.2f} images/s, "
             f"{minutes // 60:d}:{minutes % 60:02d}:{seconds:02d} left, {self._failed} failed"
         )
+
+
+class Reading:
+    """Called for each row of the input, and says how many there were where that takes long."""
+
+    def __init__(self, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
+        self._say, self._clock = say, clock
+        self._rows = 0
+        self._next_line = clock() + _PATIENCE
+
+    def __call__(self) -> None:
+        self._rows += 1
+        if self._clock() >= self._next_line:
+            self._next_line = self._clock() + _SECONDS_BETWEEN_LINES
+            self._say(f"reading rows: {self._rows} so far")
+
+
+@contextlib.contextmanager
+def told_if_slow(say: Callable[[str], None], text: str) -> Iterator[None]:
+    """Says what is going on where it goes on for long."""
+    timer = threading.Timer(_PATIENCE, say, (text,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

@@ -10,7 +10,7 @@ from PIL import Image
 
 from fluxcli.core.config import ImageFormat
 from fluxcli.core.records import PromptRecord
-from fluxcli.job.output.images import encode
+from fluxcli.job.output.images import comment_truncated, encode
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (64, 80, 3), np.uint8)
 SMOOTH = np.linspace(0, 255, 64 * 80 * 3).astype(np.uint8).reshape(64, 80, 3)
@@ -73,3 +73,67 @@ def test_the_same_picture_is_the_same_bytes(format: str) -> None:
     first = encode(PIXELS, ImageFormat(format), record(), "m")
     assert encode(PIXELS.copy(), ImageFormat(format), record(), "m") == first
     assert encode(PIXELS, ImageFormat(format), replace(record(), seed=1), "m") != first
+
+
+# A JPEG keeps its whole EXIF in one segment of 64 KiB.
+LONG = {"latin": "x" * 36_000, "emoji": "\N{GRINNING FACE}" * 20_000, "odd": "a" + "\N{GRINNING FACE}" * 20_000}
+
+
+@pytest.mark.parametrize("prompt", LONG.values(), ids=LONG)
+def test_a_comment_too_long_for_a_jpeg_is_cut_and_keeps_its_settings(prompt: str) -> None:
+    text = text_of(encode(PIXELS, ImageFormat("jpg"), record(prompt), "m"))
+    head, _, settings = text.rpartition("\n")
+    assert head.endswith("…")
+    assert prompt.startswith(head[:-1])
+    assert len(head.encode("utf-16-be")) > 65_000
+    assert settings == text_of(encode(PIXELS, ImageFormat(), record(), "m")).rpartition("\n")[2]
+    assert comment_truncated(ImageFormat("jpg"), record(prompt), "m")
+
+
+@pytest.mark.parametrize("format", ["png", "webp"])
+def test_other_formats_hold_any_prompt(format: str) -> None:
+    prompt = LONG["emoji"]
+    assert text_of(encode(PIXELS, ImageFormat(format), record(prompt), "m")).startswith(prompt + "\n")
+    assert not comment_truncated(ImageFormat(format), record(prompt), "m")
+
+
+def test_a_comment_is_cut_only_where_it_must_be() -> None:
+    def fits(length: int) -> bool:
+        return not comment_truncated(ImageFormat("jpg"), record("x" * length), "m")
+
+    edge = next(length for length in range(32_500, 32_700) if not fits(length))
+    assert all(fits(length) for length in range(edge - 10, edge))
+    for length in (edge - 1, edge):
+        head = text_of(encode(PIXELS, ImageFormat("jpg"), record("x" * length), "m")).partition("\n")[0]
+        assert head == ("x" * length if length < edge else "x" * (edge - 2) + "…")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chunk"), [("a bench", b"tEXt"), ("naïve café\n\ttab \x1b", b"tEXt"), ("星", b"iTXt"), ("“a”", b"iTXt")]
+)
+def test_png_text_is_of_the_kind_that_most_readers_know(prompt: str, chunk: bytes) -> None:
+    data = encode(PIXELS, ImageFormat(), record(prompt), "m")
+    (other,) = {b"tEXt", b"iTXt"} - {chunk}
+    assert chunk + b"parameters\0" in data
+    assert other not in data
+    assert text_of(data).startswith(prompt + "\n")
+
+
+def test_a_nul_does_not_end_the_text() -> None:
+    assert text_of(encode(PIXELS, ImageFormat(), record("a\0b"), "m")).startswith("a b\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [
+        ("my, model: v1", '"my, model: v1"'),
+        ("random:flux-dev", '"random:flux-dev"'),
+        ('a "b"', '"a \\"b\\""'),
+        ("two\nlines", '"two\\nlines"'),
+        ("black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-dev"),
+        ("caf\udce9", "caf\\udce9"),
+    ],
+)
+def test_a_model_whose_name_holds_what_separates_is_quoted(name: str, written: str) -> None:
+    for format in ("png", "jpg"):
+        assert text_of(encode(PIXELS, ImageFormat(format), record(), name)).endswith(f", Model: {written}")

@@ -1,0 +1,216 @@
+"""fluxcli from Python: a model that makes images, and the job that `fluxcli batch` runs. Names and defaults are the
+command line's; here a model is always named."""
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from fluxcli.core import config
+from fluxcli.core.errors import FluxcliError, RowError, UsageError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from fluxcli.core.config import EngineConfig
+    from fluxcli.engine.engine import Engine
+    from fluxcli.models.checkpoints import Checkpoint
+    from fluxcli.models.tokenizers import Tokenizers
+
+__all__ = ["FluxcliError", "Job", "Model", "load"]
+
+
+def load(
+    model: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    device: str = "auto",
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
+    compile: bool | None = None,
+    attention: str = "auto",
+    text_lengths: Sequence[int] = config.TEXT_LENGTHS,
+) -> "Model":
+    """Loads a model: a hub id, a pipeline directory, `tiny`, or `random:flux-dev`.
+
+    Args:
+        device: "cuda", "cuda:N", "cpu", or "auto" for the GPU where there is one.
+        compile: prepare each shape at its first use; None does on a GPU.
+        text_lengths: buckets of prompt length in T5 tokens; (512,) is the reference setting.
+
+    Raises:
+        FluxcliError: no such model or device, or it does not fit.
+    """
+    from fluxcli.engine.engine import Engine
+
+    lengths = _buckets(text_lengths)
+    checkpoint, engine = _settled(model, revision, device, dtype, compile, attention)
+    return Model(checkpoint, Engine(checkpoint, engine), lengths)
+
+
+class Model:
+    """A model on its device. Not thread-safe: one call after the other."""
+
+    def __init__(self, checkpoint: "Checkpoint", engine: "Engine", text_lengths: tuple[int, ...]) -> None:
+        self.name = checkpoint.name
+        self._checkpoint, self._engine, self._text_lengths = checkpoint, engine, text_lengths
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        width: int | None = None,
+        height: int | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        seed: int = 0,
+        n: int = 1,
+        batch_size: int = config.BATCH_SIZE,
+    ) -> "list[Image]":
+        """Makes `n` images of one prompt, of the seeds `seed`, `seed + 1`, …: those that `fluxcli gen` writes.
+
+        Args:
+            width, height: pixels, multiples of 16 from 64 to 4096. None is the model's own, as for steps and guidance.
+            batch_size: images made at once.
+
+        Raises:
+            FluxcliError: an argument that cannot be meant, memory that does not suffice, or output that is not finite.
+        """
+        from PIL import Image
+
+        from fluxcli.job import single
+
+        _between("batch_size", batch_size, config.MOST_IMAGES)
+        defaults = _row_defaults(self._checkpoint, width, height, steps, guidance, seed)
+        records = single.requested(prompt, seed, n, defaults, self._tokenizers, self._text_lengths)
+        images = []
+        for part, pictures in single.made(self._engine, records, batch_size):
+            for record, finite, pixels in zip(part, pictures.finite, pictures.pixels, strict=True):
+                if not finite:
+                    raise FluxcliError(f"seed {record.seed}: the model's output is not finite")
+                images.append(Image.fromarray(pixels))
+        return images
+
+    @cached_property
+    def _tokenizers(self) -> "Tokenizers":
+        from fluxcli.models.tokenizers import Tokenizers
+
+        return Tokenizers(self._checkpoint.tokenizers)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job: every row of `input` (.jsonl, .txt, .csv, .tsv) becomes an image in the directory `output`.
+
+    What the fields mean is what `fluxcli batch --help` says of the options of their names.
+    """
+
+    input: str | os.PathLike[str]
+    output: str | os.PathLike[str]
+    model: str | os.PathLike[str]
+    revision: str | None = None
+    device: str = "auto"
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    compile: bool | None = None
+    attention: str = "auto"
+    text_lengths: Sequence[int] = config.TEXT_LENGTHS
+    batch_size: int = config.BATCH_SIZE
+    width: int | None = None
+    height: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    seed: int = 0
+    format: Literal["png", "jpg", "webp"] = "png"
+    quality: int = 95
+    limit: int | None = None
+    strict: bool = False
+    max_failures: int | None = None
+    retry_failed: bool = True
+
+    def run(self, say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+        """Does what is missing, and returns what `fluxcli batch --json` prints.
+
+        `exit_status` in it is 0 where every row has its image, 3 where some failed, and 130 or 143 where a signal came
+        while images were made.
+
+        Args:
+            say: given each line that the command would print; progress goes to stderr.
+
+        Raises:
+            FluxcliError: nothing more can be done; what was committed stays.
+        """
+        from fluxcli.engine.engine import Engine
+        from fluxcli.engine.runtime import device
+        from fluxcli.job import job
+
+        _one_of("format", self.format, config.FORMATS)
+        _between("quality", self.quality, 100)
+        _between("batch_size", self.batch_size, config.MOST_IMAGES)
+        checkpoint, engine = _settled(self.model, self.revision, self.device, self.dtype, self.compile, self.attention)
+        made = job.Job(
+            os.fspath(self.input),
+            Path(self.output),
+            checkpoint,
+            engine,
+            _row_defaults(checkpoint, self.width, self.height, self.steps, self.guidance, self.seed),
+            text_lengths=_buckets(self.text_lengths),
+            image=config.ImageFormat(self.format, self.quality),
+            batch_size=self.batch_size,
+            limit=self.limit,
+            strict=self.strict,
+            max_failures=self.max_failures,
+            retry_failed=self.retry_failed,
+        )
+        status, totals = made.run(lambda shapes: Engine(checkpoint, engine, shapes), device.machine(engine), say)
+        return {"directory": str(made.directory), **totals, "exit_status": status}
+
+
+def _settled(
+    model: str | os.PathLike[str], revision: str | None, device: str, dtype: str, compile: bool | None, attention: str
+) -> "tuple[Checkpoint, EngineConfig]":
+    from fluxcli.engine.runtime import device as devices
+    from fluxcli.models import checkpoints
+
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", device):
+        raise UsageError(f"device must be auto, cuda, cuda:N or cpu, got {device!r}")
+    _one_of("dtype", dtype, ("auto", *config.DTYPES))
+    _one_of("attention", attention, ("auto", *config.ATTENTION))
+    return checkpoints.resolve(os.fspath(model), revision), devices.resolve(device, dtype, compile, attention)
+
+
+def _row_defaults(
+    checkpoint: "Checkpoint",
+    width: int | None,
+    height: int | None,
+    steps: int | None,
+    guidance: float | None,
+    seed: int,
+) -> config.RowDefaults:
+    """Checked as a row is."""
+    from fluxcli.job.input.read import check_row
+
+    given = {"width": width, "height": height, "steps": steps, "guidance": guidance, "seed": seed}
+    try:
+        (row,) = check_row({"prompt": "any", **given}, 0, 1, checkpoint.row_defaults())
+    except RowError as error:
+        raise UsageError(str(error)) from error
+    taken = row.guidance_scale if checkpoint.takes_guidance else None
+    return config.RowDefaults(row.width, row.height, row.num_inference_steps, taken, row.seed)
+
+
+def _buckets(text_lengths: Sequence[int]) -> tuple[int, ...]:
+    for length in text_lengths:
+        _between("text_lengths", length, config.MAX_TEXT_LENGTH)
+    return tuple(sorted(set(text_lengths)))
+
+
+def _one_of(name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise UsageError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+
+
+def _between(name: str, value: int, most: int) -> None:
+    if not isinstance(value, int) or not 1 <= value <= most:
+        raise UsageError(f"{name} must be 1 to {most}, got {value!r}")

@@ -1,0 +1,151 @@
+"""Images from pixels to committed rows, behind the engine's back: encoded by several threads, committed in order by
+one. An image that cannot be saved is a failed row; a disk that cannot be written ends the run."""
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from fluxcli.core.config import ImageFormat
+from fluxcli.core.errors import FluxcliError, first_line
+from fluxcli.core.records import Batch, Failure, Pictures, PromptRecord, Timing
+from fluxcli.job.output import images
+from fluxcli.job.output.store import Written, record_settings
+from fluxcli.job.run.progress import Progress
+from fluxcli.job.run.totals import Run
+
+# Encoded batches that may wait for the disk before the device waits for them: bounds the host's memory.
+_COMMITS_AHEAD = 2
+_ENCODERS = min(8, os.cpu_count() or 1)
+
+
+class TooManyFailures(FluxcliError):
+    pass
+
+
+class Saver:
+    """Saves a run's images. As a context it ends with everything committed that was added.
+
+    Args:
+        model: its name in the images.
+        max_failures: stop when more rows than this have failed; None for never.
+    """
+
+    def __init__(
+        self, run: Run, format: ImageFormat, model: str, progress: Progress, max_failures: int | None = None
+    ) -> None:
+        self._run, self._progress = run, progress
+        self._format, self._model, self._max_failures = format, model, max_failures
+        self._placed = 0
+        self._commits: deque[Future[None]] = deque()
+        self._failing = threading.Lock()
+        self._encoders = ThreadPoolExecutor(_ENCODERS, "encode")
+        self._committer = ThreadPoolExecutor(1, "commit")
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._encoders, self._committer:
+            while self._commits:
+                self._commits.popleft().result()
+
+    def add(self, batch: Batch, pictures: Pictures) -> None:
+        """Queues a batch. Waits where too many wait already.
+
+        Raises:
+            JobError, TooManyFailures: from this batch or one before it.
+        """
+        saving = [
+            self._encoders.submit(self._save, record, pictures, slot, self._place(record))
+            for slot, record in enumerate(batch.records)
+        ]
+        self._commits.append(self._committer.submit(self._commit, batch, saving, pictures.timing))
+        while len(self._commits) > _COMMITS_AHEAD:
+            self._commits.popleft().result()
+
+    def fail(self, failures: Sequence[Failure]) -> None:
+        """Writes failed rows down.
+
+        Raises:
+            TooManyFailures: more than `max_failures` by now.
+        """
+        if not failures:
+            return
+        totals, store = self._run.totals, self._run.store
+        with self._failing:  # rows fail in the loop, in the plan and at the commit
+            store.fail(failures)
+            totals.failures += len(failures)
+        self._progress.advance(0, failed=len(failures))
+        if self._max_failures is not None and totals.failures > self._max_failures:
+            first = failures[0]
+            raise TooManyFailures(
+                f"{totals.failures} rows failed, more than --max-failures {self._max_failures} "
+                f"(line {first.line}: {first.message}); see failures.jsonl in {store.directory}"
+            )
+
+    def _place(self, record: PromptRecord) -> Path:
+        path = self._run.store.place(record.id, self._placed)
+        self._placed += 1
+        return path
+
+    def _save(self, record: PromptRecord, pictures: Pictures, slot: int, place: Path) -> "_Saved | Failure":
+        if not pictures.finite[slot]:
+            return Failure(record.id, record.line, "non_finite", "the model's output is not finite for this row")
+        start = time.perf_counter()
+        try:
+            data = images.encode(pictures.pixels[slot], self._format, record, self._model)
+            written = self._run.store.write(place, data)
+        except FluxcliError:
+            raise
+        except Exception as error:
+            return Failure(record.id, record.line, "encode_error", first_line(error))
+        return written, time.perf_counter() - start
+
+    def _commit(self, batch: Batch, saving: Sequence["Future[_Saved | Failure]"], timing: Timing) -> None:
+        written, rows, failures = [], [], []
+        for slot, (record, future) in enumerate(zip(batch.records, saving, strict=True)):
+            saved = future.result()
+            if isinstance(saved, Failure):
+                failures.append(saved)
+                continue
+            image, save_s = saved
+            own = Timing(timing.encode_s, timing.denoise_s, timing.decode_s, save_s)
+            written.append(image)
+            rows.append(self._row(record, image, batch, slot, own))
+            self._run.totals.add(own)
+        self._run.store.commit(written, rows)
+        self._run.totals.images += len(rows)
+        self._progress.advance(len(rows))
+        self.fail(failures)
+
+    def _row(self, record: PromptRecord, saved: Written, batch: Batch, slot: int, timing: Timing) -> dict[str, Any]:
+        settings = record_settings(record)
+        row = {
+            "id": record.id,
+            "prompt": settings.pop("prompt"),
+            "file_name": saved.final.relative_to(self._run.store.directory).as_posix(),
+            "sha256": saved.sha256,
+            **settings,
+            "text_tokens": record.text_tokens,
+            "text_length": record.text_length,
+            "truncated": record.truncated,
+            "batch": {"index": batch.index, "size": len(batch.records), "slot": slot},
+            "timing": timing.as_row(),
+            "run": self._run.store.run,
+            "finished_at": saved.finished_at,
+            "meta": record.meta,
+        }
+        if images.comment_truncated(self._format, record, self._model):
+            row["comment_truncated"] = True
+        return row
+
+
+_Saved = tuple[Written, float]  # an image, and the seconds it took to save
