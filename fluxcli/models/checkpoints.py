@@ -11,10 +11,10 @@ from typing import Any
 
 from fluxcli.core.config import MAX_STEPS, RowDefaults
 from fluxcli.core.errors import ModelError
+from fluxcli.core.family import Family
 from fluxcli.models import hub
 from fluxcli.models.configs import transformer_config
 from fluxcli.models.directory import INDEX, check, class_of, what_instead
-from fluxcli.models.family import Family
 from fluxcli.models.files import read_json, shown
 from fluxcli.models.fingerprint import VERSION, fingerprint, legacy_fingerprint
 from fluxcli.models.flux1.family import FLUX1

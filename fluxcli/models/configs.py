@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxcli.core.errors import ModelError
-from fluxcli.models.family import Family
+from fluxcli.core.family import Family
 from fluxcli.models.files import read_json, shown
 
 _MOST_LAYERS = 1000

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from fluxcli.core.errors import ModelError
+from fluxcli.core.family import Family
 from fluxcli.models.configs import read_config, scheduler_config, transformer_config
-from fluxcli.models.family import Family
 from fluxcli.models.files import MissingError, open_regular, read_json, shown
 from fluxcli.models.headers import read_header
 from fluxcli.models.weight_files import weight_files

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import IO
 
 from fluxcli.core.errors import ModelError
+from fluxcli.core.family import Family, Part
 from fluxcli.models.directory import VOCABULARIES
-from fluxcli.models.family import Family, Part
 from fluxcli.models.files import MOST_JSON, MOST_VOCABULARY, open_regular, read_bytes
 from fluxcli.models.headers import read_header
 from fluxcli.models.weight_files import weight_files

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from fluxcli.core.errors import ModelError
+from fluxcli.core.family import Family
 from fluxcli.models.directory import INDEX, VOCABULARIES, check, check_configs, check_index, what_instead
-from fluxcli.models.family import Family
 from fluxcli.models.files import MissingError, read_json, shown
 from fluxcli.models.fingerprint import TOKENIZER_CONFIGS
 from fluxcli.models.weight_files import choose

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from fluxcli.core.errors import ModelError
+from fluxcli.core.family import Family
 from fluxcli.models.directory import INDEX, SPIECE, check_vocabulary, class_of
-from fluxcli.models.family import Family
 from fluxcli.models.files import MOST_JSON, MOST_VOCABULARY, parse_json, read_bytes, read_json, shown
 from fluxcli.models.fingerprint import TOKENIZER_CONFIGS
 from fluxcli.models.flux1.family import FLUX1

@@ -1,5 +1,5 @@
 """The types that say what an architecture is: which parts a pipeline of it has, which classes may stand for each, what
-sizes it draws. Torch-free, and no more than data: `flux1/family.py` is the one there is."""
+sizes it draws. Torch-free, and no more than data: `models/flux1/family.py` is the one there is."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
