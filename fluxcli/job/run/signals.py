@@ -105,11 +105,16 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
 
 def _leave(number: int) -> None:
     try:
-        if processes := sys.modules.get("multiprocessing"):
-            for child in processes.active_children():  # which would wait for us for ever
-                child.kill()
+        _end_children()
         _state.last_words(Stopped(number))
     except BaseException as error:
         tell(f"Error: {error}")
     finally:
         os._exit(128 + number)
+
+
+def _end_children() -> None:
+    """They would wait for their parent for ever."""
+    with contextlib.suppress(Exception):  # as where the library is just being imported
+        for child in sys.modules["multiprocessing"].active_children():
+            child.kill()
