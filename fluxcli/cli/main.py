@@ -52,7 +52,7 @@ class _Cli(click.Group):
             ctx.exit(1)
         except Exception as error:
             if ctx.meta.get("fluxcli.verbose"):
-                traceback.print_exc()
+                say(traceback.format_exc().rstrip())
             if isinstance(error, FluxcliError):
                 ctx.exit(_tell(str(error), error.exit_code))
             ctx.exit(_tell(f"{type(error).__name__}: {error} (-v shows where)", 1))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fluxcli.core import config
+from fluxcli.core.terminal import printable
 
 if TYPE_CHECKING:
     from fluxcli.core.records import ShapeKey
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
 
 
 def say(text: str) -> None:
-    """Everything for people goes to stderr; stdout carries results."""
-    click.echo(text, err=True)
+    """Everything for people goes to stderr, as a terminal can safely show it; stdout carries results."""
+    click.echo(printable(text), err=True)
 
 
 def checkpoint_of(name: str | None, revision: str | None) -> "Checkpoint":

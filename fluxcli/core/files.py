@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxcli.core.errors import JobError
+from fluxcli.core.terminal import printable
 
 TEMPORARY = ".tmp"  # ends the name of every file that is not finished
 
@@ -90,7 +91,8 @@ def fsync_directory(directory: Path) -> None:
 
 
 def json_text(row: dict[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False, allow_nan=False)
+    """A row as JSON; what a terminal would obey stands in it as an escape, so that a file can be looked at."""
+    return printable(json.dumps(row, ensure_ascii=False, allow_nan=False))
 
 
 def json_line(row: dict[str, Any]) -> bytes:

@@ -8,6 +8,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from fluxcli.core.terminal import printable
+
 _SECONDS_BETWEEN_LINES = 30.0
 
 
@@ -47,6 +49,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """A line of text beside the bar."""
+        text = printable(text)
         if self._bar is not None:
             self._bar.write(text, file=sys.stderr)
         else:
