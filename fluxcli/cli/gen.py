@@ -1,7 +1,6 @@
 """`fluxcli gen`."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,25 +41,22 @@ def gen(
     **options: Any,
 ) -> None:
     """Make images of one PROMPT and print their paths."""
-    from fluxcli.core.errors import RowError
     from fluxcli.job import single
-    from fluxcli.job.input.read import check_row
+    from fluxcli.job.input.intake import OneRow, take_in
     from fluxcli.job.output.store import record_settings
-    from fluxcli.job.plan import bucket, size_of
+    from fluxcli.job.plan import size_of
     from fluxcli.models.tokenizers import Tokenizers
 
     checkpoint, engine_config, defaults = settings(options)
     image = config.ImageFormat(single.check_output(output, num_images) or format, quality)
-    try:
-        row = {"prompt": prompt, "seed": options["seed"], "num_images": num_images}
-        records = check_row(row, 0, 1, defaults)
-    except RowError as error:
-        raise UsageError(str(error)) from error
-    tokens = Tokenizers(checkpoint.tokenizers).count([prompt])[0]
-    text_length = bucket(tokens, options["text_lengths"])
+    row = OneRow({"prompt": prompt, "seed": options["seed"], "num_images": num_images})
+    intake = take_in(row, defaults, options["text_lengths"], Tokenizers(checkpoint.tokenizers).count)
+    for failure in intake.failures:
+        raise UsageError(failure.message)
+    records = intake.records(range(len(intake.groups)))
+    tokens, text_length = records[0].text_tokens, records[0].text_length
     if tokens > text_length:
         say(f"the prompt has {tokens} tokens and is cut to {text_length}")
-    records = [replace(record, text_tokens=tokens, text_length=text_length) for record in records]
     size = size_of(batch_sizes(batch_size, checkpoint, engine_config), records[0].group)
     engine = load_engine(checkpoint, engine_config, single.shapes(records, size))
     made = []

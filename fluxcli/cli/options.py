@@ -54,12 +54,21 @@ engine_options = options(
         "[default: 64,128,256,512]",
     ),
 )
+input_options = options(
+    click.option(
+        "--input-format",
+        type=click.Choice(("jsonl", "txt", "csv", "tsv")),
+        help="Of INPUT; jsonl may also be one JSON array.  [default: its suffix says; jsonl on standard input]",
+    ),
+    click.option("--prompt-column", metavar="NAME", help="The column or key that is the prompt.  [default: prompt]"),
+    click.option("--id-column", metavar="NAME", help="The column or key that is the id.  [default: id]"),
+)
 row_options = options(
     click.option("--width", type=Side(), help="Where a row has none.  [default: the model's]"),
     click.option("--height", type=Side(), help="Where a row has none.  [default: the model's]"),
     click.option("--steps", type=click.IntRange(1, 1000), help="Denoising steps.  [default: the model's]"),
     click.option("--guidance", type=Finite(), help="Guidance scale.  [default: 3.5 where the model takes one]"),
-    click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True),
+    click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True),
 )
 format_options = options(
     click.option("--format", type=click.Choice(FORMATS), default="png", show_default=True),

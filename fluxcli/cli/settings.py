@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fluxcli.core import config
+from fluxcli.core.errors import UsageError
 from fluxcli.core.terminal import printable
 
 if TYPE_CHECKING:
@@ -62,6 +63,11 @@ def settings(options: dict[str, Any]) -> tuple["Checkpoint", config.EngineConfig
     from fluxcli.engine.runtime import device
 
     checkpoint = checkpoint_of(options["model"], options["revision"])
+    if options["guidance"] is not None and not checkpoint.takes_guidance:
+        remark = f"--guidance changes nothing: {checkpoint.name} takes no guidance scale"
+        if options.get("strict"):
+            raise UsageError(f"{remark} (--strict)")
+        say(remark)
     engine_config = device.resolve(options["device"], options["dtype"], options["compile"], options["attention"])
     return checkpoint, engine_config, _row_defaults(checkpoint, options)
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,9 +12,11 @@ from typing import Any
 from fluxcli import __version__
 from fluxcli.core.config import EngineConfig, ImageFormat, RowDefaults
 from fluxcli.core.errors import InputError, JobError
+from fluxcli.core.files import folds_case, read_rows
 from fluxcli.core.records import ShapeKey
 from fluxcli.job.input.intake import Intake, Status, take_in
-from fluxcli.job.input.read import PromptFile
+from fluxcli.job.input.keys import NO_COLUMNS, Columns
+from fluxcli.job.input.read import Format, PromptFile
 from fluxcli.job.output.lock import utc_now
 from fluxcli.job.output.store import JobStore, check_identity, committed_status, read_committed, read_failed
 from fluxcli.job.plan import BatchSize, Plan, padded_sizes, plan, size_of
@@ -27,7 +29,7 @@ from fluxcli.models.tokenizers import Tokenizers
 
 @dataclass(frozen=True)
 class Job:
-    """The settings of one `fluxcli batch`. `input` is a path or "-"."""
+    """The settings of one `fluxcli batch`. `input` is a path or "-", `format` None where its name says it."""
 
     input: str
     directory: Path
@@ -41,6 +43,8 @@ class Job:
     strict: bool = False
     max_failures: int | None = None
     retry_failed: bool = True
+    format: Format | None = None
+    columns: Columns = NO_COLUMNS
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -81,6 +85,10 @@ class Job:
                 number += 1
                 job = replace(self, directory=self.directory.with_name(f"{self.directory.name}-{number}"))
 
+    def source(self) -> PromptFile:
+        """The input, opened. To be closed."""
+        return PromptFile(self.input, self.format, self.columns)
+
     def preview(self, source: PromptFile) -> tuple[Intake, Plan]:
         """The plan as a look from outside: no lock taken, nothing mended, nothing written.
 
@@ -88,16 +96,9 @@ class Job:
             InputError: a bad row, where the job is strict.
         """
         check_identity(self.directory, self.identity)
-        intake = self._take_in(source, committed_status(read_committed(self.directory)))
-        if not self.retry_failed:
-            failed = read_failed(self.directory)
-            intake.drop(lambda id, line: (id, line) in failed)
-        if self.strict and intake.failures:
-            first = intake.failures[0]
-            raise InputError(
-                f"{source.name}, line {first.line}: {first.message} "
-                f"({len(intake.failures)} bad rows in all; --strict stops before any work)"
-            )
+        failed = set() if self.retry_failed else read_failed(self.directory)
+        status = committed_status(read_committed(self.directory))
+        intake = self._accepted(source, status, lambda id, line: (id, line) in failed)
         return intake, self.plan(intake)
 
     def whole_plan(self, source: PromptFile) -> Plan:
@@ -121,13 +122,15 @@ class Job:
         Raises:
             FluxcliError: nothing more can be done; what was committed stays.
         """
-        with closing(PromptFile(self.input)) as source:
-            if self.strict:
-                self.preview(source)
+        with closing(self.source()) as source:
+            intake = None
+            if self.strict and not (self.directory / "job.json").exists():
+                # Looked at before a directory is made for it.
+                intake = self._accepted(source, lambda record: None, lambda id, line: False)
             with closing(JobStore(self.directory, self.identity, self.image.suffix, say)) as store:
-                intake = self._take_in(source, store.status)
-                skipped = 0 if self.retry_failed else intake.drop(store.failed_before)
-                for line in report.failure_lines(intake.failures):
+                if intake is None or store.images:
+                    intake = self._accepted(source, store.status, store.failed_before)
+                for line in (*report.remark_lines(intake.tally), *report.failure_lines(intake.failures)):
                     say(line)
                 todo = self.plan(intake)
                 runner = Runner(store, intake, todo, self.image, self.checkpoint.name, self.max_failures)
@@ -135,14 +138,37 @@ class Job:
                 try:
                     with Progress(len(intake.groups)) as progress:
                         runner.run(lambda: make_engine(todo.shapes()), progress)
-                    status = 3 if runner.totals.failures or skipped else 0
+                    status = 3 if runner.totals.failures or intake.skipped else 0
                 except Stopped as stop:
                     status = stop.exit_code
                     say(f"stopped by {stop}; everything finished is committed. Run the same command again to go on.")
                 finally:
                     runner.record(status, machine)
-        return status, report.totals_data(runner.totals, intake.done, skipped)
+        return status, report.totals_data(runner.totals, intake)
+
+    def _accepted(self, source: PromptFile, status: Status, failed_before: Callable[[str | None, int], bool]) -> Intake:
+        """The intake without rows that are not to be tried again.
+
+        Raises:
+            InputError: a bad row, or one that asks for what is not done, where the job is strict.
+        """
+        intake = self._take_in(source, status)
+        if not self.retry_failed:
+            intake.drop(failed_before)
+        if self.strict:
+            stop = "--strict stops before any work"
+            if intake.failures:
+                first, count = intake.failures[0], len(intake.failures)
+                raise InputError(f"{source.name}, line {first.line}: {first.message} ({count} bad rows in all; {stop})")
+            for line in report.remark_lines(intake.tally):
+                raise InputError(f"{source.name}: {line}; {stop}")
+        return intake
 
     def _take_in(self, source: PromptFile, status: Status) -> Intake:
+        def committed() -> Iterator[tuple[str, str]]:
+            rows = read_rows(self.directory / "manifest.jsonl", "id", "prompt", torn_ok=True)
+            return ((row["id"], row["prompt"]) for row in rows)
+
         count = Tokenizers(self.checkpoint.tokenizers).count
-        return take_in(source, self.defaults, self.text_lengths, count, status, self.limit)
+        settings = (source, self.defaults, self.text_lengths, count, status, self.limit)
+        return take_in(*settings, committed, folds_case(self.directory))

@@ -49,6 +49,7 @@ class Totals:
 
     images: int = 0
     failures: int = 0
+    truncated: int = 0  # images whose prompt was cut
     seconds: float = 0.0
     warm_up_s: float = 0.0
     stages: dict[str, float] = field(
@@ -274,6 +275,7 @@ class Runner:
             self.totals.add(own)
         self._store.commit(written, rows)
         self.totals.images += len(rows)
+        self.totals.truncated += sum(row["truncated"] for row in rows)
         progress.advance(len(rows))
         self._fail(failures, progress)
 

@@ -1,0 +1,54 @@
+"""Rows without ids are known by their number, so a row added above another gives it another's image and seed. That is
+noticed here: the same prompts under other numbers than those they were made under."""
+
+import re
+from array import array
+from collections.abc import Iterable
+
+from fluxcli.core.errors import InputError
+from fluxcli.job.input.check import default_id
+
+_DEFAULT = re.compile(r"([0-9]{6,})(?:-[0-9]+)?")
+
+
+class Moved:
+    """The rows without ids whose number is committed with another prompt: eight bytes each for what they hold."""
+
+    def __init__(self) -> None:
+        self._index, self._line, self._prompt = array("q"), array("q"), array("q")
+
+    def add(self, index: int, line: int, prompt: str) -> None:
+        self._index.append(index)
+        self._line.append(line)
+        self._prompt.append(hash(prompt))
+
+    def check(self, name: str, committed: Iterable[tuple[str, str]], rows: int | None) -> None:
+        """Refuses an input whose rows have moved.
+
+        Args:
+            committed: (id, prompt) of every image that is made.
+            rows: in the input; None where it was not read to its end.
+
+        Raises:
+            InputError: a row's prompt was made under a number that another row has now, or none.
+        """
+        if not self._index:
+            return
+        wanted = {prompt: place for place, prompt in enumerate(self._prompt)}
+        changed = set(self._index)
+        found: dict[int, int] = {}  # place -> the number it was made under
+        for id, prompt in committed:
+            place = wanted.get(hash(prompt))
+            match = None if place is None else _DEFAULT.fullmatch(id)
+            if place is None or match is None:
+                continue
+            before = int(match[1])
+            if before != self._index[place] and (before in changed or (rows is not None and before >= rows)):
+                found.setdefault(place, before)
+        if found:
+            place, before = next(iter(found.items()))
+            raise InputError(
+                f"{name}: rows without ids have moved: line {self._line[place]} was made as {default_id(before)} and "
+                f"would be {default_id(self._index[place])} now ({len(found)} rows in all). Nothing is made twice.\n"
+                "Put new rows at the end, give all rows ids (--id-column), or choose another -o."
+            )
