@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from fluxcli.core.config import RowDefaults
 from fluxcli.core.errors import RowError
 from fluxcli.core.records import Failure, Group, PromptRecord
-from fluxcli.job.input.check import check_row, default_id, derived_seed
+from fluxcli.job.input.check import check_row, derived_seed
 from fluxcli.job.input.keys import NO_COLUMNS, Columns, Tally, schema_of
 from fluxcli.job.input.moved import Moved
 from fluxcli.job.input.read import RawRow
@@ -175,12 +175,13 @@ def take_in(
             wanted = [(copy, record) for copy, record in enumerate(records) if not _is_done(record, status, defaults)]
         except RowError as error:
             intake.failures.append(Failure(error.id, raw.line, error.kind, str(error)))
-            if error.kind == "changed_row" and records[0].id.partition("-")[0] == default_id(raw.number):
-                moved.add(raw.number, raw.line, records[0].prompt)
+            if error.kind == "changed_row":
+                moved.look_at(records[0], raw.number, changed=True)
             continue
         _look_at_prompt(records[0].prompt, source.format, intake.tally)
         intake.done += len(records) - len(wanted)
         if wanted:
+            moved.look_at(records[0], raw.number, changed=False)
             chunk.append((raw, wanted))
         if len(chunk) == _CHUNK:
             flush()
