@@ -11,7 +11,7 @@ from fluxcli.core.config import RowDefaults
 from fluxcli.core.errors import RowError
 from fluxcli.core.records import PromptRecord
 from fluxcli.core.terminal import printable
-from fluxcli.job.input.keys import NO_COLUMNS, Columns, schema_of
+from fluxcli.job.input.keys import NO_COLUMNS, Columns, Schema, schema_of
 
 MAX_IMAGES_PER_ROW = 10_000
 MAX_SEED = 2**64 - 1  # the largest that torch takes
@@ -25,21 +25,23 @@ _SIZE = re.compile(r"\s*([0-9]{1,6})\s*[xX\u00d7]\s*([0-9]{1,6})\s*")
 def check_row(
     row: dict[str, Any], index: int, line: int, defaults: RowDefaults, columns: Columns = NO_COLUMNS
 ) -> list[PromptRecord]:
+    """As `records_of`, of one row alone."""
+    return records_of(row, schema_of(row, columns), index, line, defaults)
+
+
+def records_of(row: dict[str, Any], schema: Schema, index: int, line: int, defaults: RowDefaults) -> list[PromptRecord]:
     """The images that a row asks for: one, or `num_images` of them under `ID-0`, `ID-1`, ...
 
     Raises:
         RowError: naming the key, the rule and the value; with the row's id where that is valid.
     """
-    schema = schema_of(row, columns)
     given = {name: row[key] for key, name in schema.known}
-    id: str | None = default_id(index)
+    id: str | None = None
     try:
-        if "id" in given and given["id"] is not None:
-            id = None
-            id = _check_id(given["id"])
+        id = default_id(index) if given.get("id") is None else _check_id(given["id"])
         if schema.twice:
             given = _once(row, schema.known)
-        meta = {key: row[key] for key in schema.unknown}
+        meta = {key: row[key] for key in schema.unknown} if schema.unknown else {}
         for key in schema.negative:
             _check_negative_prompt(row[key], meta)
         prompt = given.get("prompt")

@@ -85,9 +85,9 @@ def blocks_of(file: IO[bytes]) -> Iterator[bytes]:
     return iter(lambda: file.read(_BLOCK), b"")
 
 
-def bad_byte(error: UnicodeDecodeError, offset: int = 0) -> str:
+def bad_byte(error: UnicodeDecodeError) -> str:
     """What is wrong with a line that is not UTF-8, for its message."""
-    return f"byte 0x{error.object[error.start]:02x} at byte {offset + error.start}; save the file as UTF-8"
+    return f"byte {error.start} of the line is 0x{error.object[error.start]:02x}; save the file as UTF-8"
 
 
 def _reads_as(sample: bytes, encoding: str) -> bool:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from fluxcli.core.config import RowDefaults
 from fluxcli.core.errors import RowError
 from fluxcli.core.records import Failure, Group, PromptRecord
-from fluxcli.job.input.check import check_row, derived_seed
+from fluxcli.job.input.check import check_row, derived_seed, records_of
 from fluxcli.job.input.keys import NO_COLUMNS, Columns, Tally, schema_of
 from fluxcli.job.input.moved import Moved
 from fluxcli.job.input.read import RawRow
@@ -161,30 +161,43 @@ def take_in(
             intake._add(raw, wanted, tokens, first_with.setdefault(hash(wanted[0][1].prompt), len(intake.groups)))
         chunk.clear()
 
+    columns, tally = source.columns, intake.tally
+    look_for_options = source.format == "txt"
     for raw in source.scan():
         if limit is not None and raw.number >= limit:
             break
         intake.rows += 1
-        records: list[PromptRecord] = []
+        row = raw.value
         try:
-            if isinstance(raw.value, RowError):
-                raise raw.value
-            intake.tally.add(schema_of(raw.value, source.columns), raw.value)
-            records = check_row(raw.value, raw.number, raw.line, defaults, source.columns)
+            if isinstance(row, RowError):
+                raise row
+            schema = schema_of(row, columns)
+            tally.add(schema, row)
+            records = records_of(row, schema, raw.number, raw.line, defaults)
             ids.add(records)
-            wanted = [(copy, record) for copy, record in enumerate(records) if not _is_done(record, status, defaults)]
         except RowError as error:
             intake.failures.append(Failure(error.id, raw.line, error.kind, str(error)))
-            if error.kind == "changed_row":
-                moved.look_at(records[0], raw.number, changed=True)
             continue
-        _look_at_prompt(records[0].prompt, source.format, intake.tally)
+        prompt = records[0].prompt
+        if "<lora:" in prompt:
+            tally.ask("<lora:...> in the prompt")
+        if look_for_options and "--" in prompt and _OPTIONS_IN_TEXT.search(prompt):
+            tally.ask("options like --seed in the text")
+        try:
+            wanted = [(copy, record) for copy, record in enumerate(records) if status(record) != "done"]
+        except RowError as error:
+            try:
+                wanted = [each for each in enumerate(records) if not _was_done(each[1], status, defaults)]
+            except RowError:
+                intake.failures.append(Failure(error.id, raw.line, error.kind, str(error)))
+                moved.look_at(records[0], raw.number, changed=True)
+                continue
         intake.done += len(records) - len(wanted)
         if wanted:
             moved.look_at(records[0], raw.number, changed=False)
             chunk.append((raw, wanted))
-        if len(chunk) == _CHUNK:
-            flush()
+            if len(chunk) == _CHUNK:
+                flush()
     moved.check(source.name, committed(), intake.rows if limit is None else None)
     flush()
     return intake
@@ -203,6 +216,11 @@ class _Ids:
         Raises:
             RowError: one is an earlier row's, or would share its file.
         """
+        if len(records) == 1 and self._folded is None:
+            id = records[0].id
+            if id not in self._seen:
+                self._seen.add(id)
+                return
         ids = [record.id for record in records]
         if not self._seen.isdisjoint(ids):
             taken = next(id for id in ids if id in self._seen)
@@ -220,24 +238,11 @@ class _Ids:
         self._seen.update(ids)
 
 
-def _is_done(record: PromptRecord, status: Status, defaults: RowDefaults) -> bool:
+def _was_done(record: PromptRecord, status: Status, defaults: RowDefaults) -> bool:
+    """Whether an image is done, with its derived seed or with one of 63 bits, as they were before they had 53."""
     try:
         return status(record) == "done"
     except RowError:
-        # Before 53 bits, seeds were derived with 63: such an image is done as it is.
         if record.seed != derived_seed(defaults.seed, record.id):
             raise
-        before = replace(record, seed=derived_seed(defaults.seed, record.id, bits=63))
-        try:
-            if status(before) == "done":
-                return True
-        except RowError:
-            pass
-        raise
-
-
-def _look_at_prompt(prompt: str, format: str, tally: Tally) -> None:
-    if format == "txt" and "--" in prompt and _OPTIONS_IN_TEXT.search(prompt):
-        tally.ask("options like --seed in the text")
-    if "<lora:" in prompt:
-        tally.ask("<lora:...> in the prompt")
+        return status(replace(record, seed=derived_seed(defaults.seed, record.id, bits=63))) == "done"

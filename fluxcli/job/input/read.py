@@ -7,7 +7,7 @@ import os
 import stat
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple, get_args
@@ -92,8 +92,7 @@ class PromptFile:
         Raises:
             InputError: it is one JSON document, and breaks off.
         """
-        for number, (line, offset, value, digest) in enumerate(self._rows(None, BLOCK)):
-            yield RawRow(number, line, offset, value, digest)
+        return self._rows(None, BLOCK)
 
     def read(self, offset: int, digest: int) -> dict[str, Any]:
         """The row that starts at `offset`, as a scan found it, well formed and with this digest.
@@ -102,54 +101,53 @@ class PromptFile:
             InputError: it is another by now.
         """
         try:
-            _, start, value, found = next(self._rows(offset, _ONE_ROW))
-        except (StopIteration, InputError, OSError):
-            start, value, found = offset, None, 0
-        if start != offset or found != digest or not isinstance(value, dict):
+            row = next(self._rows(offset, _ONE_ROW), None)
+        except (InputError, OSError):
+            row = None
+        if row is None or row.offset != offset or row.digest != digest or isinstance(row.value, RowError):
             raise InputError(f"{self.name}: changed while the job was reading it (at byte {offset}); run again")
-        return value
+        return row.value
 
-    def _rows(self, offset: int | None, block: int) -> Iterator[tuple[int, int, Value, int]]:
-        """(line, offset, value, digest) of each row from the one at `offset` on; lines count from there."""
+    def _rows(self, offset: int | None, block: int) -> Iterator[RawRow]:
+        """Rows from the one at `offset` on, numbers and lines counted from there; None is the first."""
         if self._table is not None:
-            for row in self._table.rows(offset, block):
-                yield row.line, row.offset, row.value, hash(row.text)
+            for number, row in enumerate(self._table.rows(offset, block)):
+                yield RawRow(number, row.line, row.offset, row.value, hash(row.text))
         elif self._document is not None:
             yield from self._document_rows(self._document, offset)
         else:
-            parse = self._parse_json if self.format == "jsonl" else _parse_text
-            first = self._start if offset is None else offset
-            for line, (start, _, raw) in enumerate(lines(self._descriptor, first, block), start=1):
-                if raw is None:
-                    yield line, start, RowError(too_long()), 0
-                elif raw.strip():
-                    yield line, start, _or_error(parse, raw), hash(raw)
+            yield from self._line_rows(self._start if offset is None else offset, block)
 
-    def _document_rows(self, kind: str, offset: int | None) -> Iterator[tuple[int, int, Value, int]]:
+    def _line_rows(self, offset: int, block: int) -> Iterator[RawRow]:
+        number, jsonl, columns = 0, self.format == "jsonl", self.columns
+        for line, (start, _, raw) in enumerate(lines(self._descriptor, offset, block), start=1):
+            if raw is None:
+                yield RawRow(number, line, start, RowError(too_long()), 0)
+            elif raw.strip():
+                yield RawRow(number, line, start, _json(raw, columns) if jsonl else _text_row(raw), hash(raw))
+            else:
+                continue
+            number += 1
+
+    def _document_rows(self, kind: str, offset: int | None) -> Iterator[RawRow]:
+        start = self._start if offset is None else offset
         try:
-            start = self._start if offset is None else offset
-            for element in elements(self._descriptor, start, kind, inside=offset is not None):
-                yield element.line, element.offset, self._element(element), hash((element.key, element.text))
+            for number, element in enumerate(elements(self._descriptor, start, kind, inside=offset is not None)):
+                digest = hash((element.key, element.text))
+                yield RawRow(number, element.line, element.offset, self._element(element), digest)
         except Broken as error:
             raise InputError(f"{self.name}, line {error.line}: no JSON {kind} of rows from here on: {error}") from error
-
-    def _parse_json(self, raw: bytes) -> dict[str, Any]:
-        return _parse_json(raw, self.columns)
 
     def _element(self, element: Element) -> Value:
         if element.text is None:
             return RowError(too_long().replace("line", "row"))
-        if element.text.startswith(b'"'):
-            element = element._replace(text=b'{"prompt": %s}' % element.text)
-        value = _or_error(self._parse_json, element.text or b"")
+        text = b'{"prompt": %s}' % element.text if element.text.startswith(b'"') else element.text
+        value = _json(text, self.columns)
         if element.key is None or isinstance(value, RowError):
             return value
         if any(setting_of(key, self.columns) == "id" for key in value):
             return value
-        try:
-            return {"id": _loads(element.key, self.columns), **value}
-        except RowError as error:
-            return error
+        return _json(b'{"id": %s, %s' % (element.key, text.lstrip()[1:]), self.columns) if value else value
 
 
 def _open(path: str, name: str) -> IO[bytes]:
@@ -204,62 +202,49 @@ def _after_marks(file: int) -> int:
     return start
 
 
-def _or_error(parse: Callable[[bytes], dict[str, Any]], raw: bytes) -> Value:
+def _text_row(raw: bytes) -> Value:
     try:
-        return parse(raw)
-    except RowError as error:
-        return error
-
-
-def _parse_text(raw: bytes) -> dict[str, Any]:
-    return {"prompt": _text(raw).rstrip("\r\n")}
-
-
-def _text(raw: bytes) -> str:
-    try:
-        return raw.decode()
+        return {"prompt": raw.decode().rstrip("\r\n")}
     except UnicodeDecodeError as error:
-        raise RowError(f"the line is not valid UTF-8: {encoding.bad_byte(error)}") from error
+        return RowError(f"the line is not valid UTF-8: {encoding.bad_byte(error)}")
 
 
-def _parse_json(raw: bytes, columns: Columns) -> dict[str, Any]:
-    value = _loads(raw, columns)
-    if not isinstance(value, dict):
-        raise RowError(f"the line must be a JSON object, got {show(value)}")
-    return value
-
-
-def _loads(raw: bytes, columns: Columns) -> Any:
-    """A line's JSON value. NaN, Infinity and 1e999, which JSON has not, are null where nothing is made of them."""
-    text = _text(raw).strip(" \t\r\n")
+def _json(raw: bytes, columns: Columns) -> Value:
+    """A line's object. NaN, Infinity and 1e999, which JSON has not, are null where nothing is made of them."""
+    value: Any
+    lax = False
     try:
+        text = raw.decode().strip(" \t\r\n")
         try:
             value, end = _STRICT.raw_decode(text)
-            lax = False
         except _NoNumber:
             value, end = _LAX.raw_decode(text)
             lax = True
+    except UnicodeDecodeError as error:
+        return RowError(f"the line is not valid UTF-8: {encoding.bad_byte(error)}")
     except json.JSONDecodeError as error:
-        raise RowError(f"the line is not valid JSON: {error.msg} (column {error.colno})") from error
-    except RecursionError as error:
-        raise RowError("the line is not valid JSON: nested too deeply") from error
-    except ValueError as error:
-        raise RowError("the line is not valid JSON: a number has too many digits") from error
+        return RowError(f"the line is not valid JSON: {error.msg} (column {error.colno})")
+    except RecursionError:
+        return RowError("the line is not valid JSON: nested too deeply")
+    except ValueError:
+        return RowError("the line is not valid JSON: a number has too many digits")
     if end < len(text):
-        raise RowError(f"the line is not valid JSON: Extra data (column {end + 1})")
-    if raw.count(b"[") + raw.count(b"{") > MAX_NESTING and _nesting(value) > MAX_NESTING:
-        raise RowError(f"the row is nested more than {MAX_NESTING} levels deep")
+        return RowError(f"the line is not valid JSON: Extra data (column {end + 1})")
+    if not isinstance(value, dict):
+        return RowError(f"the line must be a JSON object, got {show(value)}")
+    if len(raw) > 2 * MAX_NESTING and raw.count(b"[") + raw.count(b"{") > MAX_NESTING and _nesting(value) > MAX_NESTING:
+        return RowError(f"the row is nested more than {MAX_NESTING} levels deep")
     if b"\\u" in raw and b"\\ud" in raw.lower():
         try:
             json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            raise RowError("the row holds half a surrogate pair, which is no character") from error
-    if isinstance(value, dict):
-        if BODY in value:
-            value = with_body(value)
-        if lax:
-            value = {key: each if setting_of(key, columns) else _finite(each) for key, each in value.items()}
-    return value
+        except UnicodeEncodeError:
+            return RowError("the row holds half a surrogate pair, which is no character")
+    if BODY in value:
+        value = with_body(value)
+    if lax:
+        value = {key: each if setting_of(key, columns) else _finite(each) for key, each in value.items()}
+    row: dict[str, Any] = value
+    return row
 
 
 def _nesting(value: Any) -> int:

@@ -150,7 +150,7 @@ class _Feed:
         return self
 
     def __next__(self) -> str:
-        start, self.offset, raw = next(self._lines)
+        _, self.offset, raw = next(self._lines)
         self.count += 1
         if self.after_first is None:
             self.after_first = self.offset
@@ -164,7 +164,7 @@ class _Feed:
         try:
             return raw.decode()
         except UnicodeDecodeError as error:
-            self.bad = f"the row is not valid UTF-8: {bad_byte(error, start)}"
+            self.bad = f"the row is not valid UTF-8: {bad_byte(error)}"
             return raw.decode(errors="replace")
 
 

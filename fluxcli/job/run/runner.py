@@ -273,9 +273,9 @@ class Runner:
             written.append(saved)
             rows.append(self._row(record, saved, batch, slot, own))
             self.totals.add(own)
+            self.totals.truncated += record.truncated
         self._store.commit(written, rows)
         self.totals.images += len(rows)
-        self.totals.truncated += sum(row["truncated"] for row in rows)
         progress.advance(len(rows))
         self._fail(failures, progress)
 
