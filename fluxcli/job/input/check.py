@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 from fluxcli.core.config import RowDefaults
 from fluxcli.core.errors import RowError
@@ -22,14 +22,29 @@ _ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 _SIZE = re.compile(r"\s*([0-9]{1,6})\s*[xX\u00d7]\s*([0-9]{1,6})\s*")
 
 
+class Checked(NamedTuple):
+    """An image to make, by the names of `PromptRecord`: cheaper to make, for a pass over millions of rows."""
+
+    id: str
+    prompt: str
+    seed: int
+    width: int
+    height: int
+    num_inference_steps: int
+    guidance_scale: float | None
+    line: int
+
+
 def check_row(
     row: dict[str, Any], index: int, line: int, defaults: RowDefaults, columns: Columns = NO_COLUMNS
 ) -> list[PromptRecord]:
-    """As `records_of`, of one row alone."""
-    return records_of(row, schema_of(row, columns), index, line, defaults)
+    """The records of `images_of` a row, what is no setting in it as their `meta`."""
+    schema = schema_of(row, columns)
+    meta = {key: row[key] for key in schema.unknown}
+    return [PromptRecord(*image, meta) for image in images_of(row, schema, index, line, defaults)]
 
 
-def records_of(row: dict[str, Any], schema: Schema, index: int, line: int, defaults: RowDefaults) -> list[PromptRecord]:
+def images_of(row: dict[str, Any], schema: Schema, index: int, line: int, defaults: RowDefaults) -> list[Checked]:
     """The images that a row asks for: one, or `num_images` of them under `ID-0`, `ID-1`, ...
 
     Raises:
@@ -41,9 +56,8 @@ def records_of(row: dict[str, Any], schema: Schema, index: int, line: int, defau
         id = default_id(index) if given.get("id") is None else _check_id(given["id"])
         if schema.twice:
             given = _once(row, schema.known)
-        meta = {key: row[key] for key in schema.unknown} if schema.unknown else {}
         for key in schema.negative:
-            _check_negative_prompt(row[key], meta)
+            _check_negative_prompt(row[key], row)
         prompt = given.get("prompt")
         if not isinstance(prompt, str):
             raise RowError(_missing(row) if prompt is None else f"prompt must be a string, got {show(prompt)}")
@@ -60,7 +74,6 @@ def records_of(row: dict[str, Any], schema: Schema, index: int, line: int, defau
             guidance = _guidance(given, guidance)
             copies = _integer("num_images", given, 1, MAX_IMAGES_PER_ROW, copies)
             seed = _seed(given)
-        assert id is not None
         if copies > 1 and len(id) + 1 + len(str(copies - 1)) > 128:
             raise RowError(f"id is too long for num_images: {id}-{copies - 1} has more than 128 characters")
         if seed + copies - 1 > MAX_SEED:
@@ -70,12 +83,11 @@ def records_of(row: dict[str, Any], schema: Schema, index: int, line: int, defau
         raise
     if copies == 1:
         own = derived_seed(defaults.seed, id) if seed < 0 else seed
-        return [PromptRecord(id, prompt, own, width, height, steps, guidance, line, meta)]
+        return [Checked(id, prompt, own, width, height, steps, guidance, line)]
     ids = [f"{id}-{copy}" for copy in range(copies)]
     seeds = [derived_seed(defaults.seed, each) if seed < 0 else seed + copy for copy, each in enumerate(ids)]
     return [
-        PromptRecord(each, prompt, own, width, height, steps, guidance, line, meta)
-        for each, own in zip(ids, seeds, strict=True)
+        Checked(each, prompt, own, width, height, steps, guidance, line) for each, own in zip(ids, seeds, strict=True)
     ]
 
 
@@ -111,10 +123,10 @@ def _check_id(value: Any) -> str:
     return value
 
 
-def _check_negative_prompt(value: Any, meta: dict[str, Any]) -> None:
+def _check_negative_prompt(value: Any, row: dict[str, Any]) -> None:
     if value is None or (isinstance(value, str) and value.strip().lower() in ("", "nan")):  # as a spreadsheet has none
         return
-    scales = (scale for key, scale in meta.items() if key.strip().lower().endswith("true_cfg_scale"))
+    scales = (scale for key, scale in row.items() if key.strip().lower().endswith("true_cfg_scale"))
     if any(_number(scale) > 1 for scale in scales):
         raise RowError("negative_prompt with true_cfg_scale is not done by fluxcli yet")
     raise RowError("negative_prompt needs true_cfg_scale above 1; without it, it would change nothing")

@@ -5,12 +5,12 @@ import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from fluxcli.core.config import RowDefaults
 from fluxcli.core.errors import RowError
 from fluxcli.core.records import Failure, Group, PromptRecord
-from fluxcli.job.input.check import check_row, derived_seed, records_of
+from fluxcli.job.input.check import Checked, check_row, default_id, derived_seed, images_of
 from fluxcli.job.input.keys import NO_COLUMNS, Columns, Tally, schema_of
 from fluxcli.job.input.moved import Moved
 from fluxcli.job.input.read import RawRow
@@ -19,6 +19,7 @@ from fluxcli.job.plan import bucket
 TokenCounter = Callable[[list[str]], list[int]]
 Status = Callable[[PromptRecord], str | None]
 _CHUNK = 1024  # prompts tokenized at once
+_BY_NUMBER = re.compile(r"([0-9]{6,20})(?:-(0|[1-9][0-9]*))?")  # an id that a row without one may have
 _OPTIONS_IN_TEXT = re.compile(
     r"(?:^|\s)--(?:prompt|negative_prompt|seed|steps|width|height|cfg_scale|sampler_name|batch_size|n_iter)\s"
 )
@@ -113,7 +114,7 @@ class Intake:
         tokens = self._tokens[image]
         return replace(records[self._copy[image]], text_tokens=tokens, text_length=bucket(tokens, self.text_lengths))
 
-    def _add(self, raw: RawRow, wanted: "list[tuple[int, PromptRecord]]", tokens: int, first: int) -> None:
+    def _add(self, raw: RawRow, wanted: list[tuple[int, Checked]], tokens: int, first: int) -> None:
         """Images of one row: (copy, record) each. `first` is the first image with this prompt."""
         text_length = bucket(tokens, self.text_lengths)
         for copy, record in wanted:
@@ -149,11 +150,12 @@ def take_in(
     Raises:
         InputError: the source breaks off, or rows without ids have moved.
     """
+    ask = cast(Callable[[Checked], str | None], status)  # which looks at settings alone: both have them
     intake = Intake(source, defaults, text_lengths)
     ids = _Ids(folds_case)
     moved = Moved()
     first_with: dict[int, int] = {}  # by hash: should two prompts share one, they would only be neighbours
-    chunk: list[tuple[RawRow, list[tuple[int, PromptRecord]]]] = []
+    chunk: list[tuple[RawRow, list[tuple[int, Checked]]]] = []
 
     def flush() -> None:
         counts = count_tokens([wanted[0][1].prompt for _, wanted in chunk])
@@ -162,19 +164,20 @@ def take_in(
         chunk.clear()
 
     columns, tally = source.columns, intake.tally
+    rows = done = 0
     look_for_options = source.format == "txt"
     for raw in source.scan():
         if limit is not None and raw.number >= limit:
             break
-        intake.rows += 1
+        rows += 1
         row = raw.value
         try:
             if isinstance(row, RowError):
                 raise row
             schema = schema_of(row, columns)
             tally.add(schema, row)
-            records = records_of(row, schema, raw.number, raw.line, defaults)
-            ids.add(records)
+            records = images_of(row, schema, raw.number, raw.line, defaults)
+            ids.add(records, raw.number, schema.has_id)
         except RowError as error:
             intake.failures.append(Failure(error.id, raw.line, error.kind, str(error)))
             continue
@@ -184,65 +187,87 @@ def take_in(
         if look_for_options and "--" in prompt and _OPTIONS_IN_TEXT.search(prompt):
             tally.ask("options like --seed in the text")
         try:
-            wanted = [(copy, record) for copy, record in enumerate(records) if status(record) != "done"]
+            if len(records) == 1:
+                wanted = [] if ask(records[0]) == "done" else [(0, records[0])]
+            else:
+                wanted = [(copy, record) for copy, record in enumerate(records) if ask(record) != "done"]
         except RowError as error:
             try:
-                wanted = [each for each in enumerate(records) if not _was_done(each[1], status, defaults)]
+                wanted = [each for each in enumerate(records) if not _was_done(each[1], ask, defaults)]
             except RowError:
                 intake.failures.append(Failure(error.id, raw.line, error.kind, str(error)))
                 moved.look_at(records[0], raw.number, changed=True)
                 continue
-        intake.done += len(records) - len(wanted)
+        done += len(records) - len(wanted)
         if wanted:
             moved.look_at(records[0], raw.number, changed=False)
             chunk.append((raw, wanted))
             if len(chunk) == _CHUNK:
                 flush()
-    moved.check(source.name, committed(), intake.rows if limit is None else None)
+    moved.check(source.name, committed(), rows if limit is None else None)
     flush()
+    intake.rows, intake.done = rows, done
     return intake
 
 
 class _Ids:
-    """The ids of earlier rows."""
+    """The ids of earlier rows: of those without one of their own two bytes each, so that millions need megabytes."""
 
     def __init__(self, folds_case: bool) -> None:
-        self._seen: set[str] = set()
+        self._own: set[str] = set()
+        self._copies = array("H")  # by row number: how many images have an id by that number
         self._folded: dict[str, str] | None = {} if folds_case else None
 
-    def add(self, records: Sequence[PromptRecord]) -> None:
+    def add(self, records: Sequence[Checked], number: int, own: bool) -> None:
         """Takes in a row's ids, all or none.
 
         Raises:
             RowError: one is an earlier row's, or would share its file.
         """
-        if len(records) == 1 and self._folded is None:
-            id = records[0].id
-            if id not in self._seen:
-                self._seen.add(id)
-                return
         ids = [record.id for record in records]
-        if not self._seen.isdisjoint(ids):
-            taken = next(id for id in ids if id in self._seen)
-            raise RowError(f"id {taken} is already used by an earlier row", id=taken)
+        if (own and self._numbered) or not self._own.isdisjoint(ids):
+            taken = next((id for id in ids if id in self._own or self._is_number(id)), None)
+            if taken is not None:
+                raise RowError(f"id {taken} is already used by an earlier row", id=taken)
         if self._folded is not None:
-            folded = [id.lower() for id in ids]
-            for id, name in zip(ids, folded, strict=True):
-                if earlier := self._folded.get(name):
-                    raise RowError(
-                        f"id {id} and the earlier {earlier} would be one file here, where names differ by more than "
-                        "capitals only; give one another id",
-                        id=id,
-                    )
-            self._folded.update(zip(folded, ids, strict=True))
-        self._seen.update(ids)
+            self._fold(ids)
+        if own:
+            self._own.update(ids)
+        else:
+            self._copies.extend([0] * (number - len(self._copies)))
+            self._copies.append(len(ids))
+
+    @property
+    def _numbered(self) -> bool:
+        return len(self._copies) > 0
+
+    def _is_number(self, id: str) -> bool:
+        """Whether it is the id of an earlier row that has none of its own."""
+        match = _BY_NUMBER.fullmatch(id)
+        number = int(match[1]) if match else len(self._copies)
+        if match is None or number >= len(self._copies) or default_id(number) != match[1]:
+            return False
+        copies = self._copies[number]
+        return copies == 1 if match[2] is None else copies > 1 and int(match[2]) < copies
+
+    def _fold(self, ids: Sequence[str]) -> None:
+        assert self._folded is not None
+        folded = [id.lower() for id in ids]
+        for id, name in zip(ids, folded, strict=True):
+            if earlier := self._folded.get(name):
+                raise RowError(
+                    f"id {id} and the earlier {earlier} would be one file here, where names that differ only by case "
+                    "are one; give one another id",
+                    id=id,
+                )
+        self._folded.update(zip(folded, ids, strict=True))
 
 
-def _was_done(record: PromptRecord, status: Status, defaults: RowDefaults) -> bool:
+def _was_done(record: Checked, status: Callable[[Checked], str | None], defaults: RowDefaults) -> bool:
     """Whether an image is done, with its derived seed or with one of 63 bits, as they were before they had 53."""
     try:
         return status(record) == "done"
     except RowError:
         if record.seed != derived_seed(defaults.seed, record.id):
             raise
-        return status(replace(record, seed=derived_seed(defaults.seed, record.id, bits=63))) == "done"
+        return status(record._replace(seed=derived_seed(defaults.seed, record.id, bits=63))) == "done"

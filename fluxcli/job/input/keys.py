@@ -60,6 +60,7 @@ class Schema:
     foreign: tuple[str, ...]  # of the unknown
     negative: tuple[str, ...]  # of the unknown: spellings of negative_prompt
     twice: bool
+    has_id: bool
     small: bool  # enough to be kept: rows of a hostile file may each have keys of their own
 
 
@@ -100,7 +101,8 @@ def _schema(names: tuple[str, ...], columns: Columns) -> Schema:
     foreign = tuple(key for key in unknown if _looks_like_one(key))
     small = len(names) <= 100 and sum(map(len, names)) <= 2000
     negative = tuple(key for key in unknown if key.strip().lower().removeprefix(f"{BODY}.") == _NEGATIVE)
-    return Schema(known, unknown, foreign, negative, len({name for _, name in known}) < len(known), small)
+    names_given = {name for _, name in known}
+    return Schema(known, unknown, foreign, negative, len(names_given) < len(known), "id" in names_given, small)
 
 
 def _looks_like_one(key: str) -> bool:

@@ -6,8 +6,7 @@ from array import array
 from collections.abc import Iterable
 
 from fluxcli.core.errors import InputError
-from fluxcli.core.records import PromptRecord
-from fluxcli.job.input.check import default_id
+from fluxcli.job.input.check import Checked, default_id
 
 _DEFAULT = re.compile(r"([0-9]{6,})(?:-[0-9]+)?")
 
@@ -20,7 +19,7 @@ class Moved:
         self._changed = array("q")
         self._index, self._line, self._prompt = array("q"), array("q"), array("q")
 
-    def look_at(self, record: PromptRecord, index: int, changed: bool) -> None:
+    def look_at(self, record: Checked, index: int, changed: bool) -> None:
         """Takes in the first image of a row that is to be made, or may not be as it has `changed`."""
         if changed or self._changed:
             match = _DEFAULT.fullmatch(record.id)

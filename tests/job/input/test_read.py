@@ -264,6 +264,10 @@ def test_default_ids_grow_beyond_six_digits(tmp_path: Path) -> None:
         [{"id": "x-0"}, {"id": "x", "n": 2}],
         [{"id": "x", "n": 2}, {"custom_id": "x-1"}],
         [{"id": "000001"}, {}],
+        [{}, {"id": "000000"}],
+        [{"n": 2}, {"id": "000000-1"}],
+        [{"n": 2}, {"id": "000000", "n": 2}],
+        [{"id": None}, {"id": "000000"}],
     ],
     ids=str,
 )
@@ -272,6 +276,13 @@ def test_a_second_row_with_a_used_id_is_refused(read, rows: list[dict[str, Any]]
     assert {record.line for record in records} == {1}
     assert [failure.line for failure in failures] == [2]
     assert "id" in failures[0].message
+
+
+@pytest.mark.parametrize("id", ["000000", "000000-2", "000000-01", "0000000", "000002", "000001-0"])
+def test_an_id_like_a_number_that_no_row_has_is_free(read, id: str) -> None:
+    records, failures = read([{"prompt": "a", "n": 2}, {"prompt": "b", "id": id}])
+    assert not failures
+    assert len({record.id for record in records}) == 3
 
 
 def test_a_failure_names_the_rows_own_id(read) -> None:
