@@ -19,6 +19,7 @@ from fluxcli.job.plan import bucket
 TokenCounter = Callable[[list[str]], list[int]]
 Status = Callable[[PromptRecord], str | None]
 _CHUNK = 1024  # prompts tokenized at once
+_MANY_CHANGED = 1000
 _BY_NUMBER = re.compile(r"([0-9]{6,20})(?:-(0|[1-9][0-9]*))?")  # an id that a row without one may have
 _OPTIONS_IN_TEXT = re.compile(
     r"(?:^|\s)--(?:prompt|negative_prompt|seed|steps|width|height|cfg_scale|sampler_name|batch_size|n_iter)\s"
@@ -197,6 +198,8 @@ def take_in(
             except RowError:
                 intake.failures.append(Failure(error.id, raw.line, error.kind, str(error)))
                 moved.look_at(records[0], raw.number, changed=True)
+                if moved.changed == _MANY_CHANGED:  # a million failures need not be gathered to tell this
+                    moved.check(source.name, committed(), None)
                 continue
         done += len(records) - len(wanted)
         if wanted:

@@ -19,6 +19,11 @@ class Moved:
         self._changed = array("q")
         self._index, self._line, self._prompt = array("q"), array("q"), array("q")
 
+    @property
+    def changed(self) -> int:
+        """Rows seen that have changed."""
+        return len(self._changed)
+
     def look_at(self, record: Checked, index: int, changed: bool) -> None:
         """Takes in the first image of a row that is to be made, or may not be as it has `changed`."""
         if changed or self._changed:
@@ -57,6 +62,6 @@ class Moved:
             place, before = next(iter(found.items()))
             raise InputError(
                 f"{name}: rows without ids have moved: line {self._line[place]} was made as {default_id(before)} and "
-                f"would be {default_id(self._index[place])} now ({len(found)} such rows). Nothing is made twice.\n"
+                f"would be {default_id(self._index[place])} now ({len(found)} rows or more). Nothing is made twice.\n"
                 "Put new rows at the end, give all rows ids (--id-column), or choose another -o."
             )

@@ -528,7 +528,7 @@ def test_what_other_programs_write_comes_back(texts: list[str], end: str) -> Non
     import csv
     import io
 
-    texts = [text for text in texts if text.strip()]
+    texts = list(dict.fromkeys(text for text in texts if text.strip() and text[0] not in '"\r\n'))
     rows = [{"Prompt": text, "Tag": text[::-1]} for text in texts]
     with tempfile.TemporaryDirectory() as directory:
         for suffix, delimiter in ((".csv", ","), (".csv", ";"), (".json", None), (".jsonl", None)):
@@ -543,8 +543,15 @@ def test_what_other_programs_write_comes_back(texts: list[str], end: str) -> Non
                 text = json.dumps(rows) if suffix == ".json" else end.join(map(json.dumps, rows))
             path = Path(directory) / f"input{suffix}"
             path.write_bytes(text.encode())
-            found = [value for _, value in scanned(path)]
-            assert found == rows, suffix
+            found = scanned(path)
+            assert [value for _, value in found] == rows, suffix
+            if suffix == ".jsonl":
+                assert [line for line, _ in found] == list(range(1, len(rows) + 1))
+            for line, row in found if delimiter else ():
+                before = b"".join(text.encode().splitlines(keepends=True)[: line - 1])
+                assert text.encode().removeprefix(before).startswith(b'"' + row["Prompt"].split("\n")[0][:1].encode())
+                reader = csv.reader(io.StringIO(before.decode(), newline=""), delimiter=str(delimiter))
+                assert len(list(reader)) == 1 + rows.index(row)
 
 
 def test_a_scan_may_go_on_while_rows_are_read_again(tmp_path: Path) -> None:

@@ -116,6 +116,23 @@ def test_rows_without_ids_that_moved_are_noticed_before_anything_is_made_twice(
     assert len(str(stop.value).splitlines()) == 2
 
 
+@pytest.mark.parametrize("added", [1, 1500])
+def test_thousands_of_rows_that_moved_are_noticed_early_or_at_the_end(tmp_path: Path, added: int) -> None:
+    path = write(tmp_path / "in.txt", [f"row {n}" for n in range(2000)])
+    commit(tmp_path / "out", images(take(path)))
+    write(path, [f"new {n}" for n in range(added)] + [f"row {n}" for n in range(2000)])
+    reads = 0
+
+    def committed() -> Iterable[tuple[str, str]]:
+        nonlocal reads
+        reads += 1
+        return ((f"{n:06d}", f"row {n}") for n in range(2000))
+
+    with pytest.raises(InputError, match="rows without ids have moved"):
+        take(path, status=committed_status(read_committed(tmp_path / "out")), committed=committed)
+    assert reads == (1 if added == 1 else 2)
+
+
 @pytest.mark.parametrize(
     "changed",
     [
