@@ -189,8 +189,10 @@ def _row_defaults(
     seed: int,
 ) -> config.RowDefaults:
     """Checked as a row is."""
-    from fluxcli.job.input.read import check_row
+    from fluxcli.job.input.check import MAX_SEED, check_row
 
+    if type(seed) is not int or not 0 <= seed <= MAX_SEED:
+        raise UsageError(f"seed must be 0 to {MAX_SEED}, got {seed!r}")
     given = {"width": width, "height": height, "steps": steps, "guidance": guidance, "seed": seed}
     try:
         (row,) = check_row({"prompt": "any", **given}, 0, 1, checkpoint.row_defaults())

@@ -1,6 +1,6 @@
 """`fluxcli batch`."""
 
-import json
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,14 @@ from fluxcli.cli.options import (
     engine_options,
     example,
     format_options,
+    input_options,
     json_output,
     row_options,
     verbosity,
 )
 from fluxcli.cli.settings import batch_sizes, load_engine, say, settings
 from fluxcli.core import config
+from fluxcli.core.files import json_text
 
 _JOB_OPTIONS = ("text_lengths", "batch_size", "limit", "strict", "max_failures", "retry_failed")
 
@@ -39,6 +41,7 @@ _JOB_OPTIONS = ("text_lengths", "batch_size", "limit", "strict", "max_failures",
     callback=_read_config,
     help="TOML file with any of these options; the command line wins.",
 )
+@input_options
 @batch_size_option
 @click.option("--limit", type=click.IntRange(0), metavar="N", help="Use the first N rows only.")
 @format_options
@@ -66,12 +69,13 @@ def batch(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Run a job: every row of INPUT (.jsonl, .txt, .csv, .tsv, or - for JSONL on stdin) becomes an image.
+    """Run a job: every row of INPUT (.jsonl, .json, .txt, .csv, .tsv, or - for standard input) becomes an image.
 
     The same command again finishes what is missing.
     """
     from fluxcli.engine.runtime import device
-    from fluxcli.job.input.read import PromptFile
+    from fluxcli.job.input.keys import Columns
+    from fluxcli.job.input.read import is_descriptor
     from fluxcli.job.job import Job
     from fluxcli.job.report import text as report
 
@@ -79,11 +83,13 @@ def batch(
     options["batch_size"] = batch_sizes(options["batch_size"], checkpoint, engine_config)
     job = Job(
         input,
-        output or Path("out") / ("stdin" if input == "-" else Path(input).stem),
+        output or Path("out") / ("stdin" if is_descriptor(input) else Path(input).stem),
         checkpoint,
         engine_config,
         defaults,
         image=config.ImageFormat(format, quality),
+        format=options["input_format"],
+        columns=Columns(options["prompt_column"], options["id_column"]),
         **{name: options[name] for name in _JOB_OPTIONS},
     )
     if force:
@@ -92,22 +98,23 @@ def batch(
             say(f"{job.directory} holds another job: starting over in {moved.directory}")
         job = moved
     if dry_run:
-        intake, plan = job.preview(PromptFile(input), say)
+        with closing(job.source()) as source:
+            intake, plan = job.preview(source, say)
         data = report.plan_data(intake, plan)
         if as_json:
-            click.echo(json.dumps({"directory": str(job.directory), **data}, ensure_ascii=False))
+            click.echo(json_text({"directory": str(job.directory), **data}))
         else:
-            say("\n".join([report.plan_table(data), *report.failure_lines(intake.failures)]))
-        return
+            lines = (*report.remark_lines(intake.tally), *report.failure_lines(intake.failures))
+            say("\n".join([report.plan_table(data), *lines]))
+        ctx.exit(3 if intake.failures or intake.skipped else 0)
 
     def tell(status: int, totals: dict[str, Any]) -> None:
-        stopped = status not in (0, 3)
-        if totals["images"] or totals["failures"] or not stopped:
-            say(report.totals_lines(totals))
+        if told := report.totals_lines(totals, stopped=status > 128, limit=job.limit):
+            say(told)
         if totals["failures"]:
             say(f"failed rows: {job.directory / 'failures.jsonl'}")
         if as_json:
-            click.echo(json.dumps({"directory": str(job.directory), **totals, "exit_status": status}))
+            click.echo(json_text({"directory": str(job.directory), **totals, "exit_status": status}))
 
     make = partial(load_engine, checkpoint, engine_config)
     status, totals = job.run(make, device.machine(engine_config), say, tell)

@@ -95,6 +95,15 @@ engine_options = options(
         "[default: 64,128,256,512]",
     ),
 )
+input_options = options(
+    click.option(
+        "--input-format",
+        type=click.Choice(("jsonl", "txt", "csv", "tsv")),
+        help="Of INPUT; jsonl may also be one JSON array.  [default: its suffix says; jsonl on standard input]",
+    ),
+    click.option("--prompt-column", metavar="NAME", help="The column or key that is the prompt.  [default: prompt]"),
+    click.option("--id-column", metavar="NAME", help="The column or key that is the id.  [default: id]"),
+)
 row_options = options(
     click.option("--width", type=Side(), help="Of an image whose row has none.  [default: the model's]"),
     click.option("--height", type=Side(), help="Of an image whose row has none.  [default: the model's]"),
@@ -107,7 +116,7 @@ row_options = options(
     click.option("--guidance", type=Finite(), help="Guidance scale.  [default: 3.5 where the model takes one]"),
     click.option(
         "--seed",
-        type=click.IntRange(0, 2**63 - 1),
+        type=click.IntRange(0, 2**64 - 1),
         default=0,
         show_default=True,
         metavar="N",

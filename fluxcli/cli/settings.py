@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fluxcli.core import config
+from fluxcli.core.errors import UsageError
 from fluxcli.core.terminal import printable
 from fluxcli.job.run import signals
 
@@ -62,8 +63,12 @@ def batch_sizes(given: int | str, checkpoint: "Checkpoint", engine_config: confi
 def settings(options: dict[str, Any]) -> tuple["Checkpoint", config.EngineConfig, config.RowDefaults]:
     """What the shared options mean here, every "auto" and default settled."""
     checkpoint = checkpoint_of(options["model"], options["revision"])
-    engine_config = engine_settings(options)
-    return checkpoint, engine_config, _row_defaults(checkpoint, options)
+    if options["guidance"] is not None and not checkpoint.takes_guidance:
+        remark = f"--guidance changes nothing: {checkpoint.name} takes no guidance scale"
+        if options.get("strict"):
+            raise UsageError(f"{remark} (--strict)")
+        say(remark)
+    return checkpoint, engine_settings(options), _row_defaults(checkpoint, options)
 
 
 def engine_settings(options: dict[str, Any]) -> config.EngineConfig:

@@ -3,12 +3,22 @@
 import json
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import click
 
-from fluxcli.cli.options import FILE, batch_size_option, engine_options, example, json_output, row_options, verbosity
+from fluxcli.cli.options import (
+    FILE,
+    batch_size_option,
+    engine_options,
+    example,
+    input_options,
+    json_output,
+    row_options,
+    verbosity,
+)
 from fluxcli.cli.settings import batch_sizes, load_engine, say, settings
 from fluxcli.cli.types import Size
 from fluxcli.core import config
@@ -41,6 +51,7 @@ from fluxcli.core import config
     help="FILE with a secret of yours: it signs what --export writes, and proves to --import who wrote that. --export "
     "makes one where there is none.",
 )
+@input_options
 @batch_size_option
 @row_options
 @engine_options
@@ -62,7 +73,7 @@ def warmup(
     """
     from fluxcli.core.records import Group, ShapeKey, WarmUp
     from fluxcli.engine.runtime import cache_archive, compile_cache, sealed
-    from fluxcli.job.input.read import PromptFile
+    from fluxcli.job.input.keys import Columns
     from fluxcli.job.job import Job
     from fluxcli.job.plan import size_of
 
@@ -88,8 +99,13 @@ def warmup(
     lengths = options["text_lengths"]
     sizes_of = batch_sizes(batch_size, checkpoint, engine_config)
     if input is not None:
-        job = Job(input, Path(), checkpoint, engine_config, defaults, lengths, config.ImageFormat(), sizes_of)
-        keys = job.whole_plan(PromptFile(input), say).shapes()
+        job = Job(
+            *(input, Path(), checkpoint, engine_config, defaults, lengths, config.ImageFormat(), sizes_of),
+            format=options["input_format"],
+            columns=Columns(options["prompt_column"], options["id_column"]),
+        )
+        with closing(job.source()) as source:
+            keys = job.whole_plan(source, say).shapes()
     else:
         chosen = sizes or [(defaults.width, defaults.height)]
         groups = {Group(height, width, length, 1) for width, height in chosen for length in lengths}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxcli.core.errors import JobError
+from fluxcli.core.terminal import printable
 
 TEMPORARY = ".tmp"  # ends the name of every file that is not finished
 
@@ -89,8 +90,20 @@ def fsync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
+def folds_case(directory: Path) -> bool:
+    """Whether names below a directory, which need not exist yet, are one file where they differ by case alone. Tells by
+    a name that is there already, and writes nothing."""
+    path = directory.absolute()
+    for place in (path / "images", path, *path.parents):
+        other = place.with_name(place.name.swapcase())
+        if other.name != place.name and place.exists():
+            return other.exists() and other.samefile(place)
+    return False
+
+
 def json_text(row: dict[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False, allow_nan=False)
+    """A row as JSON; what a terminal would obey stands in it as an escape, so that a file can be looked at."""
+    return printable(json.dumps(row, ensure_ascii=False, allow_nan=False))
 
 
 def json_line(row: dict[str, Any]) -> bytes:

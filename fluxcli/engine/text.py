@@ -47,7 +47,7 @@ class TextEncoders:
         encode = self._captured.get(length, self.encode)
         for start in range(0, len(prompts), TEXT_BATCH):
             part = list(prompts[start : start + TEXT_BATCH])
-            ids = self._ids(part + part[-1:] * (TEXT_BATCH - len(part)), length)
+            ids = self._ids(part, length)
             txt, vec = encode(*ids)
             yield from zip(part, zip(txt, vec, strict=True), strict=False)  # without the copies
 
@@ -61,9 +61,11 @@ class TextEncoders:
         return txt.to(self._dtype), vec.to(self._dtype)
 
     def _ids(self, prompts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
-        ids = torch.tensor(self._tokenizers.t5(prompts, length)), torch.tensor(self._tokenizers.clip(prompts))
+        """Ids of TEXT_BATCH prompts, of which the last are copies where there are fewer."""
+        rows = self._tokenizers.t5(prompts, length), self._tokenizers.clip(prompts)
+        ids = tuple(torch.tensor(each + each[-1:] * (TEXT_BATCH - len(each))) for each in rows)
         if self._device == "cpu":
-            return ids
+            return ids[0], ids[1]
         t5, clip = (each.pin_memory().to(self._device, non_blocking=True) for each in ids)
         return t5, clip
 

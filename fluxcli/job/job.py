@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,9 +12,11 @@ from typing import Any
 from fluxcli import __version__
 from fluxcli.core.config import EngineConfig, ImageFormat, RowDefaults
 from fluxcli.core.errors import InputError, JobError
+from fluxcli.core.files import folds_case, read_rows
 from fluxcli.core.records import ShapeKey
 from fluxcli.job.input.intake import Intake, Status, take_in
-from fluxcli.job.input.read import PromptFile
+from fluxcli.job.input.keys import NO_COLUMNS, Columns
+from fluxcli.job.input.read import Format, PromptFile
 from fluxcli.job.output.lock import utc_now
 from fluxcli.job.output.store import JobStore, check_identity, committed_status, read_committed, read_failed
 from fluxcli.job.plan import BatchSize, Plan, padded_sizes, plan, size_of
@@ -25,14 +27,14 @@ from fluxcli.job.run.progress import Progress, Reading, told_if_slow
 from fluxcli.job.run.runner import Runner
 from fluxcli.job.run.saving import Saver
 from fluxcli.job.run.signals import Stopped
-from fluxcli.job.run.totals import Run
+from fluxcli.job.run.totals import Run, Totals
 from fluxcli.models.checkpoints import Checkpoint
 from fluxcli.models.tokenizers import Tokenizers
 
 
 @dataclass(frozen=True)
 class Job:
-    """The settings of one `fluxcli batch`. `input` is a path or "-"."""
+    """The settings of one `fluxcli batch`. `input` is a path or "-", `format` None where its name says it."""
 
     input: str
     directory: Path
@@ -46,6 +48,8 @@ class Job:
     strict: bool = False
     max_failures: int | None = None
     retry_failed: bool = True
+    format: Format | None = None
+    columns: Columns = NO_COLUMNS
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -86,23 +90,20 @@ class Job:
                 number += 1
                 job = replace(self, directory=self.directory.with_name(f"{self.directory.name}-{number}"))
 
+    def source(self) -> PromptFile:
+        """The input, opened. To be closed."""
+        return PromptFile(self.input, self.format, self.columns)
+
     def preview(self, source: PromptFile, say: Callable[[str], None] = lambda text: None) -> tuple[Intake, Plan]:
         """The plan as a look from outside: no lock taken, nothing mended, nothing written.
 
         Raises:
-            InputError: a bad row, where the job is strict.
+            InputError: a bad row, or one that asks for what is not done, where the job is strict.
         """
         check_identity(self.directory, self.identity)
-        intake = self._take_in(source, committed_status(read_committed(self.directory)), say)
-        if not self.retry_failed:
-            failed = read_failed(self.directory)
-            intake.drop(lambda id, line: (id, line) in failed)
-        if self.strict and intake.failures:
-            first = intake.failures[0]
-            raise InputError(
-                f"{source.name}, line {first.line}: {first.message} "
-                f"({len(intake.failures)} bad rows in all; --strict stops before any work)"
-            )
+        failed = set() if self.retry_failed else read_failed(self.directory)
+        status = committed_status(read_committed(self.directory))
+        intake = self._accepted(source, status, lambda id, line: (id, line) in failed, say)
         return intake, self.plan(intake)
 
     def whole_plan(self, source: PromptFile, say: Callable[[str], None] = lambda text: None) -> Plan:
@@ -131,14 +132,15 @@ class Job:
         Raises:
             FluxcliError: nothing more can be done; what was committed stays.
         """
-        with closing(PromptFile(self.input)) as source:
-            if self.strict:
-                self.preview(source, say)
+        with closing(self.source()) as source:
+            intake = None
+            if self.strict and not (self.directory / "job.json").exists():
+                # Looked at before a directory is made for it.
+                intake = self._accepted(source, lambda record: None, lambda id, line: False, say)
             with told_if_slow(say, f"{self.directory}: reading what is done"):
                 store = JobStore(self.directory, self.identity, self.image.suffix, say)
             with closing(store):
-                run = Run(store, machine)
-                skipped, status, done = 0, 1, store.images
+                run, status = Run(store, machine, Totals(done_before=store.images)), 1
 
                 def stop(stopped: Stopped) -> None:
                     say(f"{stopped}; everything finished is committed. Run the same command again to go on.")
@@ -147,23 +149,25 @@ class Job:
                 def leave(stopped: Stopped) -> None:
                     stop(stopped)
                     store.close()
-                    tell(stopped.exit_code, report.totals_data(run.totals, done, skipped))
+                    tell(stopped.exit_code, report.totals_data(run.totals))
 
                 with signals.last_words(leave):
                     try:
-                        intake = self._take_in(source, store.status, say)
-                        done, skipped = intake.done, 0 if self.retry_failed else intake.drop(store.failed_before)
-                        for line in report.failure_lines(intake.failures):
+                        if intake is None or store.images:
+                            intake = self._accepted(source, store.status, store.failed_before, say)
+                        totals = run.totals
+                        totals.rows, totals.done_before, totals.skipped = intake.rows, intake.done, intake.skipped
+                        for line in (*report.remark_lines(intake.tally), *report.failure_lines(intake.failures)):
                             say(line)
                         self._make(run, intake, make_engine)
-                        status = 3 if run.totals.failures or skipped else 0
+                        status = 3 if totals.failures or totals.skipped else 0
                     except Stopped as stopped:
                         status = stopped.exit_code
                         stop(stopped)
                     finally:
                         with signals.held():
                             run.record(status)
-        return status, report.totals_data(run.totals, done, skipped)
+        return status, report.totals_data(run.totals)
 
     def _make(self, run: Run, intake: Intake, make_engine: Callable[[list[ShapeKey]], Engine]) -> None:
         todo = self.plan(intake)
@@ -179,9 +183,38 @@ class Job:
             with signals.held():
                 runner.run(lane)
 
+    def _accepted(
+        self,
+        source: PromptFile,
+        status: Status,
+        failed_before: Callable[[str | None, int], bool],
+        say: Callable[[str], None],
+    ) -> Intake:
+        """The intake without rows that are not to be tried again.
+
+        Raises:
+            InputError: a bad row, or one that asks for what is not done, where the job is strict.
+        """
+        intake = self._take_in(source, status, say)
+        if not self.retry_failed:
+            intake.drop(failed_before)
+        if self.strict:
+            stop = "--strict stops before any work"
+            if intake.failures:
+                first, count = intake.failures[0], len(intake.failures)
+                raise InputError(f"{source.name}, line {first.line}: {first.message} ({count} bad rows in all; {stop})")
+            for line in report.remark_lines(intake.tally):
+                raise InputError(f"{source.name}: {line}; {stop}")
+        return intake
+
     def _take_in(self, source: PromptFile, status: Status, say: Callable[[str], None]) -> Intake:
+        def committed() -> Iterator[tuple[str, str]]:
+            rows = read_rows(self.directory / "manifest.jsonl", "id", "prompt", torn_ok=True)
+            return ((row["id"], row["prompt"]) for row in rows)
+
         count = Tokenizers(self.checkpoint.tokenizers).count
-        return take_in(source, self.defaults, self.text_lengths, count, status, self.limit, Reading(say))
+        settings = (source, self.defaults, self.text_lengths, count, status, self.limit)
+        return take_in(*settings, committed, folds_case(self.directory), Reading(say))
 
 
 def _known_fingerprint(directory: Path) -> str | None:

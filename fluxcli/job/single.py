@@ -3,16 +3,14 @@
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from fluxcli.core.config import ImageFormat, RowDefaults
-from fluxcli.core.errors import JobError, RowError, UsageError, first_line
+from fluxcli.core.errors import JobError, UsageError, first_line
 from fluxcli.core.files import TEMPORARY, fsync_directory
 from fluxcli.core.records import Batch, Failure, Pictures, PromptRecord, ShapeKey
-from fluxcli.job.input.read import check_row
+from fluxcli.job.input.intake import OneRow, take_in
 from fluxcli.job.output import images
-from fluxcli.job.plan import bucket
 from fluxcli.job.run import signals
 from fluxcli.job.run.lanes import Engine
 from fluxcli.models.tokenizers import Tokenizers
@@ -32,13 +30,11 @@ def requested(
     Raises:
         UsageError: what a row of a job would fail for.
     """
-    try:
-        records = check_row({"prompt": prompt, "seed": seed, "num_images": count}, 0, 1, defaults)
-    except RowError as error:
-        raise UsageError(str(error)) from error
-    (tokens,) = tokenizers.count([prompt])
-    text_length = bucket(tokens, text_lengths)
-    return [replace(record, text_tokens=tokens, text_length=text_length) for record in records]
+    row = OneRow({"prompt": prompt, "seed": seed, "num_images": count})
+    intake = take_in(row, defaults, tuple(text_lengths), tokenizers.count)
+    for failure in intake.failures:
+        raise UsageError(failure.message)
+    return intake.records(range(len(intake.groups)))
 
 
 def shapes(records: Sequence[PromptRecord], batch_size: int) -> list[ShapeKey]:

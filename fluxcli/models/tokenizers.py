@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fluxcli.core.config import MAX_TEXT_LENGTH
 from fluxcli.core.errors import ModelError
 from fluxcli.core.family import Family
 from fluxcli.models.directory import INDEX, SPIECE, check_vocabulary, class_of
@@ -24,6 +25,8 @@ _SETTINGS = {
 _CLIP_LENGTH = 77
 _MOST_EXTRA = 10_000  # tokens that T5's tokenizer adds of itself; it has 100
 
+_LONG = 2**14  # characters beyond which a prompt is cut before it is tokenized
+
 
 class Tokenizers:
     """CLIP (`tokenizer/`) and T5 (`tokenizer_2/`) of a diffusers pipeline directory."""
@@ -36,10 +39,12 @@ class Tokenizers:
         self._clip_length: int = min(self._clip.model_max_length, positions)
 
     def count(self, prompts: Sequence[str]) -> list[int]:
-        """T5 tokens of each prompt, uncut, the end token included."""
+        """T5 tokens of each prompt, uncut, the end token included; of one far longer than any bucket, a lower bound."""
         if not prompts:
             return []
-        return [len(ids) for ids in self._t5(list(prompts), return_attention_mask=False, verbose=False).input_ids]
+        if any(len(prompt) > _LONG for prompt in prompts):
+            prompts = [_beginning(self._t5, prompt, 4 * MAX_TEXT_LENGTH, anywhere=True) for prompt in prompts]
+        return _counts(self._t5, prompts)
 
     def t5(self, prompts: Sequence[str], length: int) -> list[list[int]]:
         """T5 ids, cut or padded to `length`."""
@@ -51,10 +56,34 @@ class Tokenizers:
 
 
 def _padded(tokenizer: Any, prompts: Sequence[str], length: int) -> list[list[int]]:
+    if any(len(prompt) > _LONG for prompt in prompts):
+        prompts = [_beginning(tokenizer, prompt, length) for prompt in prompts]
     ids: list[list[int]] = tokenizer(
         list(prompts), padding="max_length", max_length=length, truncation=True, return_attention_mask=False
     ).input_ids
     return ids
+
+
+def _counts(tokenizer: Any, prompts: Sequence[str]) -> list[int]:
+    return [len(ids) for ids in tokenizer(list(prompts), return_attention_mask=False, verbose=False).input_ids]
+
+
+def _beginning(tokenizer: Any, prompt: str, tokens: int, anywhere: bool = False) -> str:
+    """A beginning of a long prompt with more than `tokens` tokens, else all of it: tokenizing megabytes to keep the
+    first 512 tokens would take seconds.
+
+    It ends before a blank, at which both kinds of tokenizer cut a text into words before they look at each: so its
+    tokens are those that the whole prompt begins with. Or `anywhere`, where only their number matters.
+    """
+    end = _LONG
+    while end < len(prompt):
+        cut = prompt.rfind(" ", 0, end)
+        if cut < 0 and anywhere:
+            cut = end
+        if cut > 0 and _counts(tokenizer, [prompt[:cut]])[0] > tokens + 1:
+            return prompt[:cut]
+        end *= 4
+    return prompt
 
 
 def _load(directory: Path, part: str, family: Family) -> Any:

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from fluxcli.core.config import RowDefaults
-from fluxcli.job.input.read import PromptFile, check_row
+from fluxcli.job.input.check import check_row
+from fluxcli.job.input.read import PromptFile
 
 
 def prompts(path: Path, count: int) -> list[str]:

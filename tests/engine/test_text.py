@@ -61,3 +61,14 @@ def test_the_cache_forgets_what_was_used_longest_ago() -> None:
     assert cache.get("a", 4) is not None
     cache.put("c", 4, embedding)
     assert cache.get("b", 4) is None and cache.get("a", 4) is not None and cache.get("a", 8) is None
+
+
+def test_a_prompt_is_tokenized_once_however_many_copies_pad_its_batch(monkeypatch) -> None:
+    made = engine()
+    tokenized: list[list[str]] = []
+    t5 = made._text._tokenizers.t5
+    monkeypatch.setattr(
+        made._text._tokenizers, "t5", lambda prompts, length: tokenized.append(list(prompts)) or t5(prompts, length)
+    )
+    assert [prompt for prompt, _ in made._text(["a", "b"], 64)] == ["a", "b"]
+    assert tokenized == [["a", "b"]]

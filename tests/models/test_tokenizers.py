@@ -3,13 +3,16 @@
 import json
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from fluxcli.core.errors import ModelError
+from fluxcli.models import tokenizers
 from fluxcli.models.checkpoints import BUILT_IN
 from fluxcli.models.tokenizers import Tokenizers
+from tests import pipelines
 from tests.models.conftest import edit
 
 PROMPTS = ["a red circle on a white background", 'Ünïcödé 星 🐱, "quoted"  two  spaces', "x", "a dog " * 60]
@@ -119,3 +122,36 @@ def test_sentencepieces_file_alone_needs_its_library(model: Path, monkeypatch: p
     monkeypatch.setattr("fluxcli.models.directory.find_spec", lambda name: True)
     with pytest.raises(ModelError, match=r"tokenizer_2: spiece\.model cannot be read"):
         Tokenizers(model)
+
+
+DIRECTORIES = [BUILT_IN / "tiny"] + ([pipelines.REAL_DEV] if pipelines.SHARED.is_dir() else [])
+LONG = {
+    "words": "a photo of a Bench, 12 Ünïcödé 星 and  more\n\twords 🐱 " * 900,
+    "one word": "x" * 40_000,
+    "unknown to T5": "星空" * 20_000,
+    "blanks": "a" + " " * 40_000 + "b " * 300,
+    "one word at last": "word " * 3000 + "y" * 30_000,
+}
+
+
+@pytest.mark.parametrize("directory", DIRECTORIES, ids=lambda each: each.name)
+@pytest.mark.parametrize("kind", LONG)
+def test_a_long_prompts_ids_are_those_of_the_whole(directory: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut before it is tokenized or after makes no difference to what is kept."""
+    both = Tokenizers(directory)
+    prompts = [LONG[kind], "short"]
+    cut = [both.t5(prompts, 64), both.t5(prompts, 512), both.clip(prompts)]
+    counted = both.count(prompts)
+    monkeypatch.setattr(tokenizers, "_LONG", 10**9)
+    assert cut == [both.t5(prompts, 64), both.t5(prompts, 512), both.clip(prompts)]
+    whole = both.count(prompts)
+    assert counted[1] == whole[1]
+    assert counted[0] <= whole[0]
+    assert counted[0] == whole[0] or counted[0] > 2048, "a lower bound, far above any bucket"
+
+
+def test_megabytes_are_counted_without_being_tokenized_whole() -> None:
+    both = Tokenizers(BUILT_IN / "tiny")
+    start = time.process_time()
+    assert both.count(["x" * 3_000_000, "a word " * 400_000])[0] > 512
+    assert time.process_time() - start < 1

@@ -1,42 +1,92 @@
 """One pass over the input: check every row, count its tokens, leave out what is done. What remains is a compact table
 of numbers, so that a million rows need megabytes, and prompts are read again when their batch comes up."""
 
+import re
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, cast
 
 from fluxcli.core.config import RowDefaults
 from fluxcli.core.errors import RowError
 from fluxcli.core.records import Failure, Group, PromptRecord
-from fluxcli.job.input.read import PromptFile, check_row
+from fluxcli.job.input.check import Checked, check_row, default_id, derived_seed, images_of
+from fluxcli.job.input.keys import NO_COLUMNS, Columns, Tally, schema_of
+from fluxcli.job.input.moved import Moved
+from fluxcli.job.input.read import RawRow
 from fluxcli.job.plan import bucket
 
 TokenCounter = Callable[[list[str]], list[int]]
 Status = Callable[[PromptRecord], str | None]
 _CHUNK = 1024  # prompts tokenized at once
+_MANY_CHANGED = 1000
+_BY_NUMBER = re.compile(r"([0-9]{6,20})(?:-(0|[1-9][0-9]*))?")  # an id that a row without one may have
+_OPTIONS_IN_TEXT = re.compile(
+    r"(?:^|\s)--(?:prompt|negative_prompt|seed|steps|width|height|cfg_scale|sampler_name|batch_size|n_iter)\s"
+)
+
+
+class Source(Protocol):
+    """Rows that can be scanned once and read again, as `fluxcli.job.input.read.PromptFile`."""
+
+    name: str
+    format: Any
+    columns: Columns
+
+    def scan(self) -> Iterator[RawRow]: ...
+    def read(self, offset: int, digest: int) -> dict[str, Any]: ...
+
+
+class OneRow:
+    """A source of one row that is no file's."""
+
+    name, format, columns = "the row", "jsonl", NO_COLUMNS
+
+    def __init__(self, row: dict[str, Any]) -> None:
+        self._row = row
+
+    def scan(self) -> Iterator[RawRow]:
+        yield RawRow(0, 1, 0, self._row, 0)
+
+    def read(self, offset: int, digest: int) -> dict[str, Any]:
+        return self._row
 
 
 @dataclass
 class Intake:
     """The images still to make, as parallel arrays over image numbers, and what the pass found besides."""
 
-    source: PromptFile
+    source: Source
     defaults: RowDefaults
     text_lengths: tuple[int, ...]
     groups: list[Group] = field(default_factory=list)
     rows: int = 0
     done: int = 0
-    truncated: int = 0
+    skipped: int = 0  # left out by `drop`
     prompts: "array[int]" = field(default_factory=lambda: array("q"))  # of each image: the first with its prompt
     failures: list[Failure] = field(default_factory=list)
+    tally: Tally = field(init=False)
     _offset: "array[int]" = field(default_factory=lambda: array("q"))
+    _digest: "array[int]" = field(default_factory=lambda: array("q"))
     _index: "array[int]" = field(default_factory=lambda: array("q"))
     _line: "array[int]" = field(default_factory=lambda: array("q"))
     _copy: "array[int]" = field(default_factory=lambda: array("i"))
     _tokens: "array[int]" = field(default_factory=lambda: array("i"))
 
+    def __post_init__(self) -> None:
+        self.tally = Tally(takes_guidance=self.defaults.guidance_scale is not None)
+
+    @property
+    def truncated(self) -> int:
+        """Images whose prompt is cut."""
+        return sum(tokens > group.text_length for tokens, group in zip(self._tokens, self.groups, strict=True))
+
     def records(self, images: Sequence[int]) -> list[PromptRecord]:
-        """The records of these images, read from the input again."""
+        """The records of these images, read from the input again.
+
+        Raises:
+            InputError: a row is another than the pass found.
+        """
         return [self._record(image) for image in images]
 
     def text_tokens(self) -> Iterator[tuple[int, int]]:
@@ -50,28 +100,44 @@ class Intake:
         dropped = len(self.groups) - len(keep) + len(self.failures) - len(failures)
         self.failures = failures
         self.groups = [self.groups[image] for image in keep]
-        for name in ("prompts", "_offset", "_index", "_line", "_copy", "_tokens"):
+        for name in ("prompts", "_offset", "_digest", "_index", "_line", "_copy", "_tokens"):
             column = getattr(self, name)
             setattr(self, name, array(column.typecode, (column[image] for image in keep)))
+        self.skipped += dropped
         return dropped
 
     def _all_records(self) -> Iterator[PromptRecord]:
         return (self._record(image) for image in range(len(self.groups)))
 
     def _record(self, image: int) -> PromptRecord:
-        row = self.source.read(self._offset[image])
-        records = check_row(row, self._index[image], self._line[image], self.defaults)
+        row = self.source.read(self._offset[image], self._digest[image])
+        records = check_row(row, self._index[image], self._line[image], self.defaults, self.source.columns)
         tokens = self._tokens[image]
         return replace(records[self._copy[image]], text_tokens=tokens, text_length=bucket(tokens, self.text_lengths))
 
+    def _add(self, raw: RawRow, wanted: list[tuple[int, Checked]], tokens: int, first: int) -> None:
+        """Images of one row: (copy, record) each. `first` is the first image with this prompt."""
+        text_length = bucket(tokens, self.text_lengths)
+        for copy, record in wanted:
+            self.groups.append(Group(record.height, record.width, text_length, record.num_inference_steps))
+            self.prompts.append(first)
+            self._offset.append(raw.offset)
+            self._digest.append(raw.digest)
+            self._index.append(raw.number)
+            self._line.append(raw.line)
+            self._copy.append(copy)
+            self._tokens.append(tokens)
+
 
 def take_in(
-    source: PromptFile,
+    source: Source,
     defaults: RowDefaults,
     text_lengths: tuple[int, ...],
     count_tokens: TokenCounter,
     status: Status = lambda record: None,
     limit: int | None = None,
+    committed: Callable[[], Iterable[tuple[str, str]]] = lambda: (),
+    folds_case: bool = False,
     tick: Callable[[], None] = lambda: None,
 ) -> Intake:
     """Reads `source` to its end, or its first `limit` rows.
@@ -80,53 +146,134 @@ def take_in(
         count_tokens: T5 tokens of each prompt, end token included.
         status: "done" for an image that is committed already, None for one to make; raises RowError for one that may
             not be made.
+        committed: (id, prompt) of every image that is committed; asked only where rows seem to have moved.
+        folds_case: whether `A` and `a` would be one file.
         tick: called for every row.
+
+    Raises:
+        InputError: the source breaks off, or rows without ids have moved.
     """
+    ask = cast(Callable[[Checked], str | None], status)  # which looks at settings alone: both have them
     intake = Intake(source, defaults, text_lengths)
-    seen: set[str] = set()
-    interned: dict[Group, Group] = {}
+    ids = _Ids(folds_case)
+    moved = Moved()
     first_with: dict[int, int] = {}  # by hash: should two prompts share one, they would only be neighbours
-    chunk: list[tuple[int, int, list[tuple[int, PromptRecord]]]] = []
+    chunk: list[tuple[RawRow, list[tuple[int, Checked]]]] = []
 
     def flush() -> None:
-        counts = count_tokens([records[0][1].prompt for _, _, records in chunk])
-        for (offset, index, records), tokens in zip(chunk, counts, strict=True):
-            text_length = bucket(tokens, text_lengths)
-            first = first_with.setdefault(hash(records[0][1].prompt), len(intake.groups))
-            for copy, record in records:
-                group = Group(record.height, record.width, text_length, record.num_inference_steps)
-                intake.groups.append(interned.setdefault(group, group))
-                intake.prompts.append(first)
-                intake._offset.append(offset)
-                intake._index.append(index)
-                intake._line.append(record.line)
-                intake._copy.append(copy)
-                intake._tokens.append(tokens)
-                intake.truncated += tokens > text_length
+        counts = count_tokens([wanted[0][1].prompt for _, wanted in chunk])
+        for (raw, wanted), tokens in zip(chunk, counts, strict=True):
+            intake._add(raw, wanted, tokens, first_with.setdefault(hash(wanted[0][1].prompt), len(intake.groups)))
         chunk.clear()
 
+    columns, tally = source.columns, intake.tally
+    rows = done = 0
+    look_for_options = source.format == "txt"
     for raw in source.scan():
         if limit is not None and raw.number >= limit:
             break
-        intake.rows += 1
+        rows += 1
         tick()
+        row = raw.value
         try:
-            if isinstance(raw.value, RowError):
-                raise raw.value
-            records = check_row(raw.value, raw.number, raw.line, defaults)
-            ids = [record.id for record in records]
-            if not seen.isdisjoint(ids):
-                taken = next(id for id in ids if id in seen)
-                raise RowError(f"id {taken} is already used by an earlier row", id=taken)
-            seen.update(ids)
-            wanted = [(copy, record) for copy, record in enumerate(records) if status(record) != "done"]
+            if isinstance(row, RowError):
+                raise row
+            schema = schema_of(row, columns)
+            tally.add(schema, row)
+            records = images_of(row, schema, raw.number, raw.line, defaults)
+            ids.add(records, raw.number, schema.has_id)
         except RowError as error:
             intake.failures.append(Failure(error.id, raw.line, error.kind, str(error)))
             continue
-        intake.done += len(records) - len(wanted)
+        prompt = records[0].prompt
+        if "<lora:" in prompt:
+            tally.ask("<lora:...> in the prompt")
+        if look_for_options and "--" in prompt and _OPTIONS_IN_TEXT.search(prompt):
+            tally.ask("options like --seed in the text")
+        try:
+            if len(records) == 1:
+                wanted = [] if ask(records[0]) == "done" else [(0, records[0])]
+            else:
+                wanted = [(copy, record) for copy, record in enumerate(records) if ask(record) != "done"]
+        except RowError as error:
+            try:
+                wanted = [each for each in enumerate(records) if not _was_done(each[1], ask, defaults)]
+            except RowError:
+                intake.failures.append(Failure(error.id, raw.line, error.kind, str(error)))
+                moved.look_at(records[0], raw.number, changed=True)
+                if moved.changed == _MANY_CHANGED:  # a million failures need not be gathered to tell this
+                    moved.check(source.name, committed(), None)
+                continue
+        done += len(records) - len(wanted)
         if wanted:
-            chunk.append((raw.offset, raw.number, wanted))
-        if len(chunk) == _CHUNK:
-            flush()
+            moved.look_at(records[0], raw.number, changed=False)
+            chunk.append((raw, wanted))
+            if len(chunk) == _CHUNK:
+                flush()
+    moved.check(source.name, committed(), rows if limit is None else None)
     flush()
+    intake.rows, intake.done = rows, done
     return intake
+
+
+class _Ids:
+    """The ids of earlier rows: of those without one of their own two bytes each, so that millions need megabytes."""
+
+    def __init__(self, folds_case: bool) -> None:
+        self._own: set[str] = set()
+        self._copies = array("H")  # by row number: how many images have an id by that number
+        self._folded: dict[str, str] | None = {} if folds_case else None
+
+    def add(self, records: Sequence[Checked], number: int, own: bool) -> None:
+        """Takes in a row's ids, all or none.
+
+        Raises:
+            RowError: one is an earlier row's, or would share its file.
+        """
+        ids = [record.id for record in records]
+        if (own and self._numbered) or not self._own.isdisjoint(ids):
+            taken = next((id for id in ids if id in self._own or self._is_number(id)), None)
+            if taken is not None:
+                raise RowError(f"id {taken} is already used by an earlier row", id=taken)
+        if self._folded is not None:
+            self._fold(ids)
+        if own:
+            self._own.update(ids)
+        else:
+            self._copies.extend([0] * (number - len(self._copies)))
+            self._copies.append(len(ids))
+
+    @property
+    def _numbered(self) -> bool:
+        return len(self._copies) > 0
+
+    def _is_number(self, id: str) -> bool:
+        """Whether it is the id of an earlier row that has none of its own."""
+        match = _BY_NUMBER.fullmatch(id)
+        number = int(match[1]) if match else len(self._copies)
+        if match is None or number >= len(self._copies) or default_id(number) != match[1]:
+            return False
+        copies = self._copies[number]
+        return copies == 1 if match[2] is None else copies > 1 and int(match[2]) < copies
+
+    def _fold(self, ids: Sequence[str]) -> None:
+        assert self._folded is not None
+        folded = [id.lower() for id in ids]
+        for id, name in zip(ids, folded, strict=True):
+            if earlier := self._folded.get(name):
+                raise RowError(
+                    f"id {id} and the earlier {earlier} would be one file here, where names that differ only by case "
+                    "are one; give one another id",
+                    id=id,
+                )
+        self._folded.update(zip(folded, ids, strict=True))
+
+
+def _was_done(record: Checked, status: Callable[[Checked], str | None], defaults: RowDefaults) -> bool:
+    """Whether an image is done, with its derived seed or with one of 63 bits, as they were before they had 53."""
+    try:
+        return status(record) == "done"
+    except RowError:
+        if record.seed != derived_seed(defaults.seed, record.id):
+            raise
+        return status(record._replace(seed=derived_seed(defaults.seed, record.id, bits=63))) == "done"

@@ -1,268 +1,250 @@
-"""Reading the input: bytes -> raw rows -> checked `PromptRecord`s. A bad row is a `RowError`, never an exception to the
-rows around it. The table of keys in the contract is the table `check_row` reads by."""
+"""Reading the input: bytes -> raw rows, each once from the front and again by its offset."""
 
 import codecs
-import csv
-import hashlib
 import json
 import math
-import re
-import shutil
-import string
+import os
+import stat
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple, get_args
 
-import jsonlines
-
-from fluxcli.core.config import MAX_STEPS, RowDefaults
 from fluxcli.core.errors import InputError, RowError
-from fluxcli.core.records import PromptRecord
-from fluxcli.models.flux1.family import FLUX1
+from fluxcli.job.input import encoding
+from fluxcli.job.input.check import show
+from fluxcli.job.input.document import Broken, Element, document_kind, elements
+from fluxcli.job.input.keys import BODY, NO_COLUMNS, ROW_NAMES, Columns, setting_of, with_body
+from fluxcli.job.input.lines import BLOCK, lines, too_long
+from fluxcli.job.input.tables import Table
 
-MAX_LINE = 10 * 2**20  # bytes
 MAX_NESTING = 100  # well below where JSON's own recursion ends, wherever a row is read from
-MAX_IMAGES_PER_ROW = 10_000
-MAX_SEED = 2**63 - 1
+_ONE_ROW = 2**13  # bytes read at first where one row is wanted
 
 Format = Literal["jsonl", "txt", "csv", "tsv"]
-
-_ALIASES = {
-    "custom_id": "id",
-    "steps": "num_inference_steps",
-    "guidance": "guidance_scale",
-    "n": "num_images",
-    "num_images_per_prompt": "num_images",
-}
-_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
-_INTEGER = re.compile(r"[+-]?[0-9]+")
-_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
-_KEYS = frozenset(("prompt", "id", "seed", "width", "height", "num_inference_steps", "guidance_scale", "num_images"))
+FORMATS: tuple[Format, ...] = get_args(Format)
+_SUFFIXES: dict[str, Format] = {f".{each}": each for each in FORMATS} | {".ndjson": "jsonl", ".json": "jsonl"}
+Value = dict[str, Any] | RowError
 
 
 class RawRow(NamedTuple):
     """One row as read: `value` is a JSON object's dict, or what was wrong with it.
 
     `number` counts rows from 0 (blank lines are none), `line` counts lines from 1, `offset` is where it starts in
-    bytes.
+    bytes, and `digest` a hash of its text, good for this process.
     """
 
     number: int
     line: int
     offset: int
-    value: dict[str, Any] | RowError
+    value: Value
+    digest: int
 
 
 class PromptFile:
-    """An input file that can be scanned once from the front and then re-read row by row, so that a job holds offsets
-    rather than prompts. Standard input ("-") is JSONL and is spooled to a temporary file first."""
+    """An input that can be scanned once from the front and then re-read row by row, so that a job holds offsets rather
+    than prompts. What cannot be read twice, standard input ("-") or a pipe, and what is not in UTF-8 is written to a
+    temporary file first.
 
-    def __init__(self, path: str) -> None:
+    Args:
+        format: of the rows; None goes by the name's suffix, and takes a stream without one for JSONL.
+
+    Raises:
+        InputError: it cannot be read, is no text, or has no prompts.
+    """
+
+    def __init__(self, path: str, format: Format | None = None, columns: Columns = NO_COLUMNS) -> None:
         self.name = "<stdin>" if path == "-" else path
-        self._file: IO[bytes]
+        self.columns = columns
+        self._file = _open(path, self.name)
         try:
-            if path == "-":
-                self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
-                shutil.copyfileobj(sys.stdin.buffer, self._file)
-                self.format: Format = "jsonl"
+            sample = os.pread(self._file.fileno(), encoding.SAMPLE, 0)
+            if mark := encoding.mark_of(sample):
+                with self._file as file:
+                    self._file = encoding.as_utf8(self.name, encoding.blocks_of(file), *mark)
             else:
-                self._file = open(path, "rb")  # noqa: SIM115 - closed by close()
-                self.format = _format_of(path)
+                encoding.refuse_foreign(self.name, sample)
+            self.format = format or _format_of(path)
+            if self.format == "txt" and columns != NO_COLUMNS:
+                raise InputError(f"{self.name}: has no columns to name: each line of a .txt is a prompt")
+            self._descriptor = self._file.fileno()
+            self._start = _after_marks(self._descriptor)
+            self._document = self._table = None
+            if self.format in ("csv", "tsv"):
+                self._table = Table(self.name, self._descriptor, self._start, self.format == "tsv", columns)
+            elif self.format == "jsonl":
+                self._document = document_kind(self.name, self._descriptor, self._start, ROW_NAMES)
         except OSError as error:
+            self._file.close()
             raise InputError(f"{self.name}: cannot be read: {error.strerror}") from error
-        self._start = len(codecs.BOM_UTF8) if self._read_at(0, 3) == codecs.BOM_UTF8 else 0
-        self._columns: list[str] = []
-        self._header_lines = 0
-        self._first_row = self._start
-        if self.format in ("csv", "tsv"):
-            self._read_header()
+        except BaseException:
+            self._file.close()
+            raise
 
     def close(self) -> None:
         self._file.close()
 
     def scan(self) -> Iterator[RawRow]:
-        """Every row of the input, in order."""
-        for index, (line, offset, value) in enumerate(self._rows(self._first_row)):
-            yield RawRow(index, line + self._header_lines, offset, value)
+        """Every row of the input, in order.
 
-    def read(self, offset: int) -> dict[str, Any]:
-        """The row that starts at `offset`, which a scan found to be well formed."""
-        _, _, value = next(self._rows(offset))
-        if isinstance(value, RowError):
-            raise InputError(f"{self.name}: changed while the job was reading it (byte {offset}); run again")
-        return value
+        Raises:
+            InputError: it is one JSON document, and breaks off.
+        """
+        return self._rows(None, BLOCK)
 
-    def _rows(self, offset: int) -> Iterator[tuple[int, int, dict[str, Any] | RowError]]:
-        lines = _Lines(self._file, offset)
-        if self.format in ("jsonl", "txt"):
-            parse = _json_parser() if self.format == "jsonl" else _parse_text
-            for start, raw in lines:
-                if raw is None:
-                    yield lines.count, start, _too_long()
-                elif raw.strip():
-                    yield lines.count, start, _or_error(parse, raw)
-        else:
-            yield from self._table_rows(lines)
+    def read(self, offset: int, digest: int) -> dict[str, Any]:
+        """The row that starts at `offset`, as a scan found it, well formed and with this digest.
 
-    def _table_rows(self, lines: "_Lines") -> Iterator[tuple[int, int, dict[str, Any] | RowError]]:
-        reader = self._cells(lines)
-        while True:
-            start, first_line, too_long = lines.offset, lines.count + 1, lines.too_long
-            lines.after_first = None
-            try:
-                cells = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                yield first_line, start, RowError(f"not a CSV row: {error}")
-                # An unclosed quote takes in every later line: give them back.
-                if lines.after_first is not None:
-                    lines.offset, lines.count = lines.after_first, first_line
-                reader = self._cells(lines)
-                continue
-            if lines.too_long > too_long:
-                yield first_line, start, _too_long()
-            elif any(cell.strip(string.whitespace) for cell in cells):
-                yield first_line, start, _or_error(self._parse_cells, cells)
-
-    def _cells(self, lines: "_Lines") -> Iterator[list[str]]:
-        return _table_reader(
-            ("" if raw is None else raw.decode("utf-8", "surrogateescape") for _, raw in lines), self.format
-        )
-
-    def _parse_cells(self, cells: list[str]) -> dict[str, Any]:
-        if len(cells) > len(self._columns):
-            raise RowError(f"the row has {len(cells)} columns, the header has {len(self._columns)}")
-        if any("\udc80" <= char <= "\udcff" for cell in cells for char in cell):
-            raise RowError("the row is not valid UTF-8")
-        row: dict[str, Any] = {}
-        for column, cell in zip(self._columns, cells, strict=False):
-            key = "prompt" if column == "Prompt" else column
-            canonical = _ALIASES.get(key, key)
-            if canonical not in _KEYS:
-                row[key] = cell
-            elif cell:
-                row[key] = _number_from_text(canonical, cell)
-        return row
-
-    def _read_header(self) -> None:
-        lines = _Lines(self._file, self._start)
-        texts = (raw or b"" for _, raw in lines)
+        Raises:
+            InputError: it is another by now.
+        """
         try:
-            self._columns = next(_table_reader((raw.decode("utf-8") for raw in texts), self.format), [])
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise InputError(f"{self.name}: the header line cannot be read: {error}") from error
-        keys = [_ALIASES.get(column, column) for column in self._columns]
-        if twice := next((key for key in keys if keys.count(key) > 1), None):
-            raise InputError(f"{self.name}: the header has {twice} twice")
-        self._first_row, self._header_lines = lines.offset, lines.count
-        if sum(column in ("Prompt", "prompt") for column in self._columns) != 1:
-            raise InputError(f"{self.name}: the header needs one column named prompt (or Prompt), got {self._columns}")
+            row = next(self._rows(offset, _ONE_ROW), None)
+        except (InputError, OSError):
+            row = None
+        if row is None or row.offset != offset or row.digest != digest or isinstance(row.value, RowError):
+            raise InputError(f"{self.name}: changed while the job was reading it (at byte {offset}); run again")
+        return row.value
 
-    def _read_at(self, offset: int, size: int) -> bytes:
-        self._file.seek(offset)
-        return self._file.read(size)
+    def _rows(self, offset: int | None, block: int) -> Iterator[RawRow]:
+        """Rows from the one at `offset` on, numbers and lines counted from there; None is the first."""
+        if self._table is not None:
+            for number, row in enumerate(self._table.rows(offset, block)):
+                yield RawRow(number, row.line, row.offset, row.value, hash(row.text))
+        elif self._document is not None:
+            yield from self._document_rows(self._document, offset)
+        else:
+            yield from self._line_rows(self._start if offset is None else offset, block)
 
-
-class _Lines:
-    """Iterates (offset, line) from `offset`; None stands for a line over MAX_LINE, never held whole."""
-
-    def __init__(self, file: IO[bytes], offset: int) -> None:
-        self._file = file
-        self.offset = offset
-        self.count = 0
-        self.too_long = 0
-        self.after_first: int | None = None  # offset after the first line since this was last None
-
-    def __iter__(self) -> Iterator[tuple[int, bytes | None]]:
-        while True:
-            start = self.offset
-            if self._file.tell() != start:  # rows read again in between move the file
-                self._file.seek(start)
-            raw: bytes | None = self._file.readline(MAX_LINE + 1)
-            if not raw:
-                return
-            if len(raw) > MAX_LINE:
-                while raw and not raw.endswith(b"\n"):
-                    raw = self._file.readline(MAX_LINE)
-                raw = None
-                self.too_long += 1
-                self.offset = self._file.tell()
+    def _line_rows(self, offset: int, block: int) -> Iterator[RawRow]:
+        number, jsonl, columns = 0, self.format == "jsonl", self.columns
+        for line, (start, _, raw) in enumerate(lines(self._descriptor, offset, block), start=1):
+            if raw is None:
+                yield RawRow(number, line, start, RowError(too_long()), 0)
+            elif raw.strip():
+                yield RawRow(number, line, start, _json(raw, columns) if jsonl else _text_row(raw), hash(raw))
             else:
-                self.offset = start + len(raw)
-            self.count += 1
-            if self.after_first is None:
-                self.after_first = self.offset
-            yield start, raw
+                continue
+            number += 1
+
+    def _document_rows(self, kind: str, offset: int | None) -> Iterator[RawRow]:
+        start = self._start if offset is None else offset
+        try:
+            for number, element in enumerate(elements(self._descriptor, start, kind, inside=offset is not None)):
+                digest = hash((element.key, element.text))
+                yield RawRow(number, element.line, element.offset, self._element(element), digest)
+        except Broken as error:
+            raise InputError(f"{self.name}, line {error.line}: no JSON {kind} of rows from here on: {error}") from error
+
+    def _element(self, element: Element) -> Value:
+        if element.text is None:
+            return RowError(too_long().replace("line", "row"))
+        text = b'{"prompt": %s}' % element.text if element.text.startswith(b'"') else element.text
+        value = _json(text, self.columns)
+        if element.key is None or isinstance(value, RowError):
+            return value
+        if any(setting_of(key, self.columns) == "id" for key in value):
+            return value
+        return _json(b'{"id": %s, %s' % (element.key, text.lstrip()[1:]), self.columns) if value else value
+
+
+def _open(path: str, name: str) -> IO[bytes]:
+    """The input as a file that can be read at any position."""
+    try:
+        if path != "-" and stat.S_ISREG(os.stat(path).st_mode):
+            return open(path, "rb")
+        if path != "-" and not _is_stream(path):
+            raise InputError(f"{name}: is a device or a directory, not a file of rows")
+        if path == "-" and sys.stdin is None:
+            raise InputError(f"{name}: is closed; give a file, or rows on standard input")
+        with nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as stream:
+            file = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
+            for block in encoding.blocks_of(stream):
+                file.write(block)
+            file.flush()
+            return file
+    except OSError as error:
+        place = f" or copied to {tempfile.gettempdir()}" if path == "-" or _is_stream(path) else ""
+        raise InputError(f"{name}: cannot be read{place}: {error.strerror}") from error
+
+
+def _is_stream(path: str) -> bool:
+    """Whether a path is a pipe, or names what the process has open already."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) or (stat.S_ISCHR(mode) and is_descriptor(path))
+
+
+def is_descriptor(path: str) -> bool:
+    """Whether a path stands for an open file, as /dev/stdin and the shell's <(...) do, and has no name of its own."""
+    return path in ("-", "/dev/stdin", "/dev/null") or path.startswith(("/dev/fd/", "/proc/self/fd/"))
 
 
 def _format_of(path: str) -> Format:
-    suffix = Path(path).suffix.lower()
-    if suffix in (".jsonl", ".ndjson", ".json"):
+    found = _SUFFIXES.get(Path(path).suffix.lower())
+    if found is None and (is_descriptor(path) or _is_stream(path)):
         return "jsonl"
-    if suffix in (".txt", ".csv", ".tsv"):
-        return suffix[1:]  # type: ignore[return-value]
-    raise InputError(f"{path}: unknown kind of input; use .jsonl, .txt, .csv or .tsv, or - for JSONL on standard input")
+    if found is None:
+        raise InputError(
+            f"{path}: unknown kind of input; use .jsonl, .json, .txt, .csv or .tsv, or say which with --input-format"
+        )
+    return found
 
 
-def _table_reader(lines: Iterator[str], format: Format) -> Iterator[list[str]]:
-    if format == "tsv":  # tab-separated values know no quoting: a quote in a prompt is a quote
-        return (line.rstrip("\r\n").split("\t") for line in lines)
-    csv.field_size_limit(MAX_LINE)
-    return csv.reader(lines, strict=True)
+def _after_marks(file: int) -> int:
+    start = 0
+    while os.pread(file, 3, start) == codecs.BOM_UTF8:
+        start += 3
+    return start
 
 
-def _too_long() -> RowError:
-    return RowError(f"the line is longer than {MAX_LINE // 2**20} MiB")
-
-
-def _or_error(parse: Any, raw: Any) -> dict[str, Any] | RowError:
+def _text_row(raw: bytes) -> Value:
     try:
-        row: dict[str, Any] = parse(raw)
-        return row
-    except RowError as error:
-        return error
-
-
-def _parse_text(raw: bytes) -> dict[str, Any]:
-    try:
-        return {"prompt": raw.decode("utf-8").rstrip("\r\n")}
+        return {"prompt": raw.decode().rstrip("\r\n")}
     except UnicodeDecodeError as error:
-        raise RowError(f"the line is not valid UTF-8: {error.reason} at byte {error.start}") from error
+        return RowError(f"the line is not valid UTF-8: {encoding.bad_byte(error)}")
 
 
-def _json_parser() -> Callable[[bytes], dict[str, Any]]:
-    """One reader for all lines of a file; each is handed to it as it comes."""
-    line: list[bytes] = []
-    reader = jsonlines.Reader(iter(line.pop, None), loads=_strict_loads)
-
-    def parse(raw: bytes) -> dict[str, Any]:
-        line.append(raw)
-        return _parse_json(raw, reader)
-
-    return parse
-
-
-def _parse_json(raw: bytes, reader: jsonlines.Reader) -> dict[str, Any]:
+def _json(raw: bytes, columns: Columns) -> Value:
+    """A line's object. NaN, Infinity and 1e999, which JSON has not, are null where nothing is made of them."""
+    value: Any
+    lax = False
     try:
-        value = reader.read(allow_none=True)
-    except jsonlines.InvalidLineError as error:
-        cause = error.__cause__ or error
-        raise RowError(
-            f"the line is not valid {'UTF-8' if isinstance(cause, UnicodeError) else 'JSON'}: {cause}"
-        ) from error
+        text = raw.decode().strip(" \t\r\n")
+        try:
+            value, end = _STRICT.raw_decode(text)
+        except _NoNumber:
+            value, end = _LAX.raw_decode(text)
+            lax = True
+    except UnicodeDecodeError as error:
+        return RowError(f"the line is not valid UTF-8: {encoding.bad_byte(error)}")
+    except json.JSONDecodeError as error:
+        return RowError(f"the line is not valid JSON: {error.msg} (column {error.colno})")
+    except RecursionError:
+        return RowError("the line is not valid JSON: nested too deeply")
+    except ValueError:
+        return RowError("the line is not valid JSON: a number has too many digits")
+    if end < len(text):
+        return RowError(f"the line is not valid JSON: Extra data (column {end + 1})")
     if not isinstance(value, dict):
-        raise RowError(f"the line must be a JSON object, got {_show(value)}")
-    if raw.count(b"[") + raw.count(b"{") > MAX_NESTING and _nesting(value) > MAX_NESTING:
-        raise RowError(f"the row is nested more than {MAX_NESTING} levels deep")
+        return RowError(f"the line must be a JSON object, got {show(value)}")
+    if len(raw) > 2 * MAX_NESTING and raw.count(b"[") + raw.count(b"{") > MAX_NESTING and _nesting(value) > MAX_NESTING:
+        return RowError(f"the row is nested more than {MAX_NESTING} levels deep")
     if b"\\u" in raw and b"\\ud" in raw.lower():
         try:
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise RowError("the row holds half a surrogate pair, which is no character") from error
-    return value
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            return RowError("the row holds half a surrogate pair, which is no character")
+    if BODY in value:
+        value = with_body(value)
+    if lax:
+        value = {key: each if setting_of(key, columns) else _finite(each) for key, each in value.items()}
+    row: dict[str, Any] = value
+    return row
 
 
 def _nesting(value: Any) -> int:
@@ -274,141 +256,28 @@ def _nesting(value: Any) -> int:
     return depth
 
 
-def _strict_loads(text: str) -> Any:
-    try:
-        return _DECODER.decode(text)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
+def _finite(value: Any) -> Any:
+    """The value with null for each number that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class _NoNumber(Exception):
+    pass
 
 
 def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON number")
+    raise _NoNumber
 
 
 def _finite_float(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
-        raise ValueError(f"{text} is out of range")
+        raise _NoNumber
     return number
 
 
-_DECODER = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite_float)
-
-
-def _number_from_text(key: str, cell: str) -> Any:
-    if key in ("prompt", "id"):
-        return cell
-    if _NUMBER.fullmatch(cell.strip()) and len(cell) < 100:
-        return int(cell) if _INTEGER.fullmatch(cell.strip()) else float(cell)
-    return cell
-
-
-def check_row(row: dict[str, Any], index: int, line: int, defaults: RowDefaults) -> list[PromptRecord]:
-    """The images that a row asks for: one, or `num_images` of them under `ID-0`, `ID-1`, ...
-
-    Raises:
-        RowError: naming the key, the rule and the value; with the row's id where that is valid.
-    """
-    meta: dict[str, Any] = {}
-    given: dict[str, Any] = {}
-    id: str | None = _default_id(index)
-    try:
-        for key, value in row.items():
-            canonical = _ALIASES.get(key, key)
-            if canonical not in _KEYS:
-                meta[key] = value
-            elif value is not None:
-                if canonical in given:
-                    raise RowError(f"{canonical} is given twice (as {key} too)")
-                given[canonical] = value
-                if canonical == "id":
-                    id = None
-                    id = _check_id(value)
-        if row.get("negative_prompt"):
-            raise RowError("negative_prompt is not supported: FLUX.1 is guidance-distilled and would ignore it")
-        prompt = given.get("prompt")
-        if not isinstance(prompt, str):
-            raise RowError("prompt is missing" if prompt is None else f"prompt must be a string, got {_show(prompt)}")
-        if not prompt.strip():
-            raise RowError("prompt is empty")
-        width, height, steps = defaults.width, defaults.height, defaults.num_inference_steps
-        guidance, copies, seed = defaults.guidance_scale, 1, -1
-        if len(given) > 1:  # most rows of a large job give their prompt alone
-            width = _size("width", given, width)
-            height = _size("height", given, height)
-            steps = _integer("num_inference_steps", given, 1, MAX_STEPS, steps)
-            guidance = _guidance(given, guidance)
-            copies = _integer("num_images", given, 1, MAX_IMAGES_PER_ROW, copies)
-            seed = _integer("seed", given, 0, MAX_SEED, seed)
-        assert id is not None
-        if copies > 1 and len(id) + 1 + len(str(copies - 1)) > 128:
-            raise RowError(f"id is too long for num_images: {id}-{copies - 1} has more than 128 characters")
-        if seed + copies - 1 > MAX_SEED:
-            raise RowError(f"seed must be at most {MAX_SEED}, and it counts up to {seed + copies - 1} over num_images")
-    except RowError as error:
-        error.id = id
-        raise
-    if copies == 1:
-        own = derived_seed(defaults.seed, id) if seed < 0 else seed
-        return [PromptRecord(id, prompt, own, width, height, steps, guidance, line, meta)]
-    ids = [f"{id}-{copy}" for copy in range(copies)]
-    seeds = [derived_seed(defaults.seed, each) if seed < 0 else seed + copy for copy, each in enumerate(ids)]
-    return [
-        PromptRecord(each, prompt, own, width, height, steps, guidance, line, meta)
-        for each, own in zip(ids, seeds, strict=True)
-    ]
-
-
-def derived_seed(job_seed: int, id: str) -> int:
-    """A row's seed from the job's seed and its id alone: the first 63 bits of SHA-256 of "SEED:ID"."""
-    return int.from_bytes(hashlib.sha256(f"{job_seed}:{id}".encode()).digest()[:8], "big") >> 1
-
-
-def _default_id(index: int) -> str:
-    return f"{index:06d}"
-
-
-def _check_id(value: Any) -> str:
-    if not isinstance(value, str):
-        raise RowError(f"id must be a string, got {_show(value)}")
-    if not _ID.fullmatch(value):
-        raise RowError(f"id must be 1 to 128 of A-Z a-z 0-9 . _ - and not start with a dot, got {_show(value)}")
-    return value
-
-
-def _integer(key: str, given: dict[str, Any], low: int, high: int, default: int) -> int:
-    value = given.get(key)
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise RowError(f"{key} must be an integer, got {_show(value)}")
-    if not low <= value <= high:
-        raise RowError(f"{key} must be {low} to {high}, got {_show(value)}")
-    return value
-
-
-def _size(key: str, given: dict[str, Any], default: int) -> int:
-    value = _integer(key, given, *FLUX1.sides, default)
-    if not FLUX1.draws(value):
-        raise RowError(f"{key} must be a multiple of {FLUX1.token_side}, got {value}")
-    return value
-
-
-def _guidance(given: dict[str, Any], default: float | None) -> float | None:
-    value = given.get("guidance_scale")
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise RowError(f"guidance_scale must be a number, got {_show(value)}")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise RowError("guidance_scale must be a finite number")
-    return None if default is None else number  # a model without a guidance embedding has no use for it
-
-
-def _show(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."
+_STRICT, _LAX = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite_float), json.JSONDecoder()

@@ -1,11 +1,13 @@
 """What a dry run and a finished run tell: as data for --json, as a table for people."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fluxcli.core.records import Failure
+from fluxcli.core.terminal import printable_line
 from fluxcli.job.input.intake import Intake
+from fluxcli.job.input.keys import Tally
 from fluxcli.job.plan import Plan
 from fluxcli.job.run.totals import Totals
 
@@ -32,7 +34,10 @@ def plan_data(intake: Intake, plan: Plan) -> dict[str, Any]:
         "images": len(intake.groups),
         "done": intake.done,
         "failed": len(intake.failures),
+        "skipped": intake.skipped,
         "truncated": intake.truncated,
+        "unknown_keys": dict(intake.tally.unknown()),
+        "not_done": dict(intake.tally.asked()),
         "buckets": [
             {
                 "text_length": length,
@@ -84,6 +89,8 @@ def plan_table(data: dict[str, Any]) -> str:
         f"{shape['batch_size']} x {shape['width']}x{shape['height']}/{shape['text_length']}" for shape in data["shapes"]
     )
     lines.append(f"shapes to compile: {len(data['shapes'])}" + (f" ({shapes})" if shapes else ""))
+    if data["unknown_keys"]:
+        lines.append(f"keys that are no settings, kept under meta: {_with_counts(data['unknown_keys'])}")
     return "\n".join(lines)
 
 
@@ -94,12 +101,20 @@ def failure_lines(failures: Sequence[Failure], shown: int = 5) -> list[str]:
     return lines
 
 
-def totals_data(totals: Totals, done_before: int, skipped: int) -> dict[str, Any]:
+def remark_lines(tally: Tally) -> list[str]:
+    """At most one line: what rows ask for that is not done."""
+    asked = tally.asked()
+    return [f"rows ask for what fluxcli does not do: {_with_counts(asked, shown=20)}"] if asked else []
+
+
+def totals_data(totals: Totals) -> dict[str, Any]:
     return {
         "images": totals.images,
         "failures": totals.failures,
-        "done_before": done_before,
-        "skipped": skipped,
+        "truncated": totals.truncated,
+        "rows": totals.rows,
+        "done_before": totals.done_before,
+        "skipped": totals.skipped,
         "seconds": round(totals.seconds, 3),
         "warm_up_s": round(totals.warm_up_s, 3),
         "images_per_s": round(totals.images_per_s, 4),
@@ -107,18 +122,30 @@ def totals_data(totals: Totals, done_before: int, skipped: int) -> dict[str, Any
     }
 
 
-def totals_lines(data: dict[str, Any]) -> str:
-    if not any(data[name] for name in ("images", "failures", "skipped", "done_before")):
-        return "nothing to do: the input has no rows"
-    if not data["images"] and not data["failures"] and not data["skipped"]:
-        return f"nothing to do: {data['done_before']} images were done before"
+def totals_lines(data: dict[str, Any], stopped: bool = False, limit: int | None = None) -> str:
+    """The end of a run in a line or two; nothing where it was stopped before it did anything, which is told already."""
+    if not data["images"] and not data["failures"]:
+        if stopped:
+            return ""
+        if not data["rows"]:
+            return "nothing to do: " + ("--limit 0 takes no rows" if limit == 0 else "the input has no rows")
+        if not data["skipped"]:
+            return f"nothing to do: {data['done_before']} images were done before"
     made = f"{data['images']} images in {data['seconds']:.1f} s ({data['images_per_s']:.2f} images/s)"
-    before = f", {data['done_before']} were done before" if data["done_before"] else ""
+    before = f", {data['truncated']} truncated" if data["truncated"] else ""
+    before += f", {data['done_before']} were done before" if data["done_before"] else ""
     before += f", {data['skipped']} skipped that failed before" if data["skipped"] else ""
     stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in data["stages_s"].items())
     return (
         f"{made}, {data['failures']} failed{before}\ntime by stage: {stages}; getting ready {data['warm_up_s']:.1f} s"
     )
+
+
+def _with_counts(counts: Mapping[str, int], shown: int | None = None) -> str:
+    """Names with their rows: each once, the commonest first."""
+    named = sorted(counts.items(), key=lambda item: -item[1])
+    told = [f"{printable_line(name)} ({count} row{'s' if count > 1 else ''})" for name, count in named[:shown]]
+    return ", ".join(told) + (f" and {len(named) - len(told)} more" if len(told) < len(named) else "")
 
 
 def _share(all: int, used: int) -> float:

@@ -121,6 +121,7 @@ class Saver:
             written.append(image)
             rows.append(self._row(record, image, batch, slot, own))
             self._run.totals.add(own)
+            self._run.totals.truncated += record.truncated
         self._run.store.commit(written, rows)
         self._run.totals.images += len(rows)
         self._progress.advance(len(rows))

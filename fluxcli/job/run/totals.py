@@ -18,6 +18,10 @@ class Totals:
 
     images: int = 0
     failures: int = 0
+    truncated: int = 0  # images whose prompt was cut
+    rows: int = 0  # of the input
+    done_before: int = 0
+    skipped: int = 0  # rows that failed before, and are left alone
     seconds: float = 0.0
     warm_up_s: float = 0.0
     stages: dict[str, float] = field(

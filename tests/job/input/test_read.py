@@ -1,9 +1,9 @@
 """The input: every key, alias, default, check and format of the contract's row table; a bad row costs only itself."""
 
+import codecs
 import json
 import math
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,50 +13,11 @@ from hypothesis import strategies as st
 
 from fluxcli.core.config import RowDefaults
 from fluxcli.core.errors import InputError
-from fluxcli.core.records import Failure, PromptRecord
-from fluxcli.job.input.intake import Intake, take_in
-from fluxcli.job.input.read import MAX_LINE, PromptFile
-
-DEFAULTS = RowDefaults(1024, 768, 28, 3.5)
-LENGTHS = (64, 128, 256, 512)
-
-
-def take(path: Path, defaults: RowDefaults = DEFAULTS, limit: int | None = None) -> Intake:
-    return take_in(
-        PromptFile(str(path)), defaults, LENGTHS, lambda prompts: [len(each) for each in prompts], limit=limit
-    )
-
-
-def images(intake: Intake) -> list[PromptRecord]:
-    return intake.records(range(len(intake.groups)))
-
-
-@pytest.fixture
-def read(tmp_path: Path) -> Callable[..., tuple[list[PromptRecord], list[Failure]]]:
-    """Takes in rows (dicts, or raw bytes) and returns the images to make and the rows refused."""
-
-    def read(data: bytes | list[Any], suffix: str = ".jsonl", **more: Any) -> tuple[list[PromptRecord], list[Failure]]:
-        path = tmp_path / f"input{suffix}"
-        path.write_bytes(
-            data if isinstance(data, bytes) else b"".join(json.dumps(row).encode() + b"\n" for row in data)
-        )
-        intake = take(path, **more)
-        return images(intake), intake.failures
-
-    return read
-
-
-def one(records: tuple[list[PromptRecord], list[Failure]]) -> PromptRecord:
-    assert not records[1], records[1]
-    assert len(records[0]) == 1
-    return records[0][0]
-
-
-def refusal(records: tuple[list[PromptRecord], list[Failure]]) -> Failure:
-    assert not records[0]
-    assert len(records[1]) == 1
-    return records[1][0]
-
+from fluxcli.core.records import PromptRecord
+from fluxcli.job.input.check import check_row
+from fluxcli.job.input.lines import MAX_LINE
+from fluxcli.job.input.read import PromptFile
+from tests.job.input.conftest import DEFAULTS, images, one, refusal, take
 
 # Keys, aliases and defaults
 
@@ -65,7 +26,7 @@ def test_a_prompt_alone_gets_every_default(read) -> None:
     record = one(read([{"prompt": "a bench"}]))
     assert (record.id, record.prompt, record.line, record.meta) == ("000000", "a bench", 1, {})
     assert (record.width, record.height, record.num_inference_steps, record.guidance_scale) == (1024, 768, 28, 3.5)
-    assert 0 <= record.seed < 2**63
+    assert 0 <= record.seed < 2**53, "jq, JavaScript and pandas keep it"
 
 
 def test_a_row_overrides_every_default(read) -> None:
@@ -138,7 +99,7 @@ def test_derived_seeds_depend_on_the_jobs_seed_and_the_id_alone(read) -> None:
 
 
 def test_an_explicit_seed_is_taken_as_it_is(read) -> None:
-    for seed in (0, 2**63 - 1):
+    for seed in (0, 2**53, 2**64 - 1):
         assert one(read([{"prompt": "a", "seed": seed}], defaults=RowDefaults(64, 64, 1, None, seed=9))).seed == seed
 
 
@@ -154,19 +115,20 @@ def test_an_explicit_seed_is_taken_as_it_is(read) -> None:
         ({"prompt": " \n\t"}, "prompt"),
         ({"prompt": 7}, "prompt"),
         ({"prompt": ["a"]}, "prompt"),
-        ({"seed": -1}, "seed"),
-        ({"seed": 2**63}, "seed"),
-        ({"seed": 1.0}, "seed"),
+        ({"seed": -2}, "seed"),
+        ({"seed": 2**64}, "seed"),
+        ({"seed": 1.5}, "seed"),
+        ({"seed": 2.0**53}, "seed"),
         ({"seed": True}, "seed"),
         ({"seed": "1"}, "seed"),
-        ({"seed": 2**63 - 1, "n": 2}, "seed"),
+        ({"seed": 2**64 - 1, "n": 2}, "seed"),
         ({"width": 100}, "width must be a multiple of 16, got 100"),
         ({"width": 48}, "width"),
         ({"width": 4112}, "width"),
         ({"height": 63}, "height"),
         ({"height": "64"}, "height"),
         ({"height": True}, "height"),
-        ({"height": 128.0}, "height"),
+        ({"height": 128.5}, "height"),
         ({"steps": 0}, "num_inference_steps"),
         ({"steps": 1001}, "num_inference_steps"),
         ({"num_inference_steps": "4"}, "num_inference_steps"),
@@ -178,7 +140,13 @@ def test_an_explicit_seed_is_taken_as_it_is(read) -> None:
         ({"num_images": -1}, "num_images"),
         ({"num_images": 2.5}, "num_images"),
         ({"num_images": 10**9}, "num_images"),
-        ({"negative_prompt": "ugly"}, "negative_prompt"),
+        ({"negative_prompt": "ugly"}, "negative_prompt needs true_cfg_scale above 1"),
+        ({"negative_prompt": "ugly", "true_cfg_scale": 1}, "negative_prompt needs true_cfg_scale above 1"),
+        ({"negative_prompt": "ugly", "true_cfg_scale": 4}, "negative_prompt with true_cfg_scale"),
+        ({"size": "large"}, "size must be text like 1024x768"),
+        ({"size": 1024}, "size must be text like 1024x768"),
+        ({"size": "100x64"}, "width must be a multiple of 16, got 100"),
+        ({"size": "64x64", "width": 64}, "width is given twice"),
     ],
     ids=str,
 )
@@ -192,17 +160,28 @@ def test_a_value_out_of_its_rule_is_refused_by_name(read, row: dict[str, Any], n
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999"])
-@pytest.mark.parametrize("key", ["guidance", "seed", "width", "tag"])
-def test_what_is_no_number_in_json_is_refused(read, key: str, number: str) -> None:
-    refusal(read(f'{{"prompt": "a", "{key}": {number}}}\n'.encode()))
+@pytest.mark.parametrize(
+    ("key", "name"), [("guidance", "guidance_scale"), ("seed", "seed"), ("width", "width"), ("prompt", "prompt")]
+)
+def test_what_is_no_number_in_json_is_refused_by_name_where_it_is_used(read, key: str, name: str, number: str) -> None:
+    row = f'{{"prompt": "a", "{key}": {number}}}\n'
+    assert name in refusal(read(row.encode())).message
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999"])
+def test_what_is_no_number_in_json_is_null_where_it_is_not_used(read, number: str) -> None:
+    row = f'{{"prompt": "a", "score": {number}, "more": [1.5, {{"x": {number}}}], "seed": 7}}\n'
+    record = one(read(row.encode()))
+    assert record.seed == 7
+    assert record.meta == {"score": None, "more": [1.5, {"x": None}]}
 
 
 def test_the_limits_themselves_are_accepted(read) -> None:
-    for row in ({"width": 64, "height": 4096}, {"steps": 1}, {"steps": 1000}, {"seed": 2**63 - 1}, {"guidance": 0}):
+    for row in ({"width": 64, "height": 4096}, {"steps": 1}, {"steps": 1000}, {"seed": 2**64 - 1}, {"guidance": 0}):
         one(read([{"prompt": "a", **row}]))
 
 
-@pytest.mark.parametrize("empty", ["", None])
+@pytest.mark.parametrize("empty", ["", " ", "\t\n", None, "nan", "NaN"])
 def test_an_empty_negative_prompt_is_no_offence(read, empty: str | None) -> None:
     one(read([{"prompt": "a", "negative_prompt": empty}]))
 
@@ -213,10 +192,49 @@ def test_a_good_id_is_accepted(read, id: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "id", ["", ".", "..", ".hidden", "a/b", "../x", "a b", "x" * 129, "ä", "a\n", "a\0", "a\\b", 7, 1.5, True, ["a"]]
+    "id",
+    [
+        "",
+        ".",
+        "..",
+        ".hidden",
+        "a/b",
+        "../x",
+        "a b",
+        "x" * 129,
+        "ä",
+        "a\n",
+        "a\0",
+        "a\\b",
+        1.5,
+        True,
+        ["a"],
+        2.0**53,
+        10**200,
+    ],
 )
 def test_a_bad_id_is_refused(read, id: Any) -> None:
     assert "id" in refusal(read([{"prompt": "a", "id": id}])).message
+
+
+@pytest.mark.parametrize(("id", "digits"), [(7, "7"), (0, "0"), (-3, "-3"), (10**30, f"{10**30}"), (7.0, "7")])
+def test_a_whole_number_as_id_is_taken_as_its_digits(read, id: Any, digits: str) -> None:
+    assert one(read([{"prompt": "a", "id": id}])).id == digits
+
+
+@pytest.mark.parametrize("key", ["seed", "width", "steps", "n"])
+def test_a_float_that_is_whole_is_an_integer(read, key: str) -> None:
+    given = 64.0 if key == "width" else 2.0
+    assert read([{"prompt": "a", key: given}]) == read([{"prompt": "a", key: int(given)}])
+    table = f"prompt,{key}\na,{given}\n".encode()
+    assert read(table, ".csv")[0] == read(table.replace(b".0", b""), ".csv")[0]
+    assert len(read(table, ".csv")[0]) == (2 if key == "n" else 1)
+
+
+@pytest.mark.parametrize("seed", [-1, -1.0, None])
+def test_a_seed_of_minus_one_is_none(read, seed: Any) -> None:
+    assert one(read([{"prompt": "a", "seed": seed}])) == one(read([{"prompt": "a"}]))
+    assert one(read(b"prompt,seed\na,-1\n", ".csv")).seed == one(read(b"prompt\na\n", ".csv")).seed
 
 
 def test_an_id_must_stay_within_its_length_when_numbered(read) -> None:
@@ -236,8 +254,6 @@ def test_a_bad_row_still_counts_in_the_index(read) -> None:
 
 
 def test_default_ids_grow_beyond_six_digits(tmp_path: Path) -> None:
-    from fluxcli.job.input.read import check_row
-
     assert check_row({"prompt": "a"}, 1_234_567, 1, DEFAULTS)[0].id == "1234567"
 
 
@@ -248,6 +264,10 @@ def test_default_ids_grow_beyond_six_digits(tmp_path: Path) -> None:
         [{"id": "x-0"}, {"id": "x", "n": 2}],
         [{"id": "x", "n": 2}, {"custom_id": "x-1"}],
         [{"id": "000001"}, {}],
+        [{}, {"id": "000000"}],
+        [{"n": 2}, {"id": "000000-1"}],
+        [{"n": 2}, {"id": "000000", "n": 2}],
+        [{"id": None}, {"id": "000000"}],
     ],
     ids=str,
 )
@@ -256,6 +276,13 @@ def test_a_second_row_with_a_used_id_is_refused(read, rows: list[dict[str, Any]]
     assert {record.line for record in records} == {1}
     assert [failure.line for failure in failures] == [2]
     assert "id" in failures[0].message
+
+
+@pytest.mark.parametrize("id", ["000000", "000000-2", "000000-01", "0000000", "000002", "000001-0"])
+def test_an_id_like_a_number_that_no_row_has_is_free(read, id: str) -> None:
+    records, failures = read([{"prompt": "a", "n": 2}, {"prompt": "b", "id": id}])
+    assert not failures
+    assert len({record.id for record in records}) == 3
 
 
 def test_a_failure_names_the_rows_own_id(read) -> None:
@@ -437,15 +464,21 @@ _keys = st.sampled_from(sorted(_KEYS.split())) | st.text(max_size=8)
 _likely = st.sampled_from(["a", "x", 1, 64, 100, 3.5, -1, "64", 2**63, "nan"]) | _values
 _rows = st.dictionaries(_keys, _likely, max_size=6).map(lambda row: json.dumps({"prompt": "a", **row}).encode())
 _lines = (st.binary(max_size=60) | _rows | st.text(max_size=40).map(lambda text: text.encode("utf-8", "replace"))).map(
-    lambda line: line.replace(b"\n", b" ")
+    lambda line: line.replace(b"\n", b" ").replace(b"\r", b" ")
 )
+
+
+def without_marks(line: bytes) -> bytes:
+    while line.startswith(codecs.BOM_UTF8):
+        line = line[3:]
+    return line
 
 
 def check_sound(record: PromptRecord) -> None:
     assert record.prompt.strip()
     record.prompt.encode()
     assert 0 < len(record.id) <= 128 and not record.id.startswith(".")
-    assert 0 <= record.seed < 2**63
+    assert 0 <= record.seed < 2**64
     assert record.width % 16 == record.height % 16 == 0
     assert 64 <= min(record.width, record.height) <= max(record.width, record.height) <= 4096
     assert 1 <= record.num_inference_steps <= 1000
@@ -457,15 +490,13 @@ def check_sound(record: PromptRecord) -> None:
 @given(st.lists(_lines, max_size=4), st.sampled_from([".jsonl", ".txt", ".tsv"]))
 @settings(max_examples=300, deadline=None)
 def test_any_line_is_either_images_or_one_failure_and_never_an_exception(lines: list[bytes], suffix: str) -> None:
+    good = {".jsonl": b'{"prompt": "first"}\n', ".tsv": b"prompt\tseed\n"}.get(suffix, b"first\n")
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / f"input{suffix}"
-        path.write_bytes((b"prompt\tseed\n" if suffix == ".tsv" else b"") + b"\n".join(lines) + b"\n")
+        path.write_bytes(good + b"\n".join(lines) + b"\n")
         intake = take(path)
-    first = 2 if suffix == ".tsv" else 1
-    told = {first + number for number, line in enumerate(lines) if line.strip()}
-    if lines and lines[0].startswith(b"\xef\xbb\xbf"):  # a byte order mark is no part of the first row
-        told -= set() if lines[0][3:].strip() else {first}
-    made, refused = {record.line for record in images(intake)}, [failure.line for failure in intake.failures]
+    told = {2 + number for number, line in enumerate(lines) if without_marks(line).strip()}
+    made, refused = {record.line for record in images(intake)} - {1}, [failure.line for failure in intake.failures]
     assert len(refused) == len(set(refused))
     assert not made & set(refused)
     assert made | set(refused) == told
