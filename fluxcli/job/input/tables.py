@@ -14,7 +14,7 @@ from fluxcli.job.input.keys import Columns, setting_of
 from fluxcli.job.input.lines import BLOCK, MAX_LINE, lines, too_long
 
 _DELIMITERS = (",", ";", "\t")
-_SEPARATOR = re.compile(r'"?sep=(.)"?\s*', re.IGNORECASE | re.DOTALL)  # as Excel writes it above a header
+_SEPARATOR = re.compile(r'"?sep=([^\w\s"]|\t)"?\s*', re.IGNORECASE)  # as Excel writes it above a header
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _WHOLE_CELL = re.compile(r'"((?:[^"]|"")*+)"(?=\t|\Z)')
@@ -32,9 +32,9 @@ class Table:
     """A table's header, and its rows from any row's offset on."""
 
     def __init__(self, name: str, file: int, offset: int, tabs: bool, columns: Columns) -> None:
-        self._name, self._file, self._columns = name, file, columns
+        self._name, self._file = name, file
         feed = _Feed(file, offset)
-        first = _line(name, feed)
+        first = _line(feed)
         separator = _SEPARATOR.fullmatch(first)
         if separator is None:
             feed.seek(offset, 0)
@@ -238,7 +238,7 @@ def _typed(setting: str, cell: str) -> Any:
     return cell or None
 
 
-def _line(name: str, feed: _Feed) -> str:
+def _line(feed: _Feed) -> str:
     """The first line, blank ones left out; nothing where there is none."""
     return next((text for text in feed if text.strip() or feed.bad), "")
 

@@ -317,6 +317,12 @@ def test_tables_as_spreadsheets_write_them_are_read(read, text: str, encoding: s
     assert record.line == text.splitlines().index(next(line for line in text.splitlines() if "red" in line)) + 1
 
 
+@pytest.mark.parametrize("line", ["sep=", 'sep="', "sep=x", "sep=  ", "sep=;;"])
+def test_what_is_no_separators_line_is_a_header(read, line: str) -> None:
+    with pytest.raises(InputError, match=r"input\.csv: the header"):
+        read(f"{line}\nprompt\na\n".encode(), ".csv")
+
+
 def test_a_column_without_a_name_keeps_what_it_holds(read) -> None:
     records, failures = read(b",prompt,\n0,a,x\n1,b,\n", ".csv")
     assert not failures
@@ -491,7 +497,7 @@ def test_a_device_is_no_input(tmp_path: Path) -> None:
 
 
 HEADS = (
-    b"", b"prompt\n", b"prompt\tseed\n", b"id,prompt,tag\n", b"sep=;\nprompt;a\n",
+    b"", b"prompt\n", b"prompt\tseed\n", b"id,prompt,tag\n", b"sep=;\nprompt;a\n", b"sep=",
     b"[", b'[{"prompt":"a"},', b'{"a":{},',
 )  # fmt: skip
 _cells = st.sampled_from(['"', '""', "a", "\t", ",", "\n", "\r", "\r\n", ";", " ", "é", "\0", "x y"])
