@@ -45,7 +45,7 @@ def gen(
     from fluxcli.core.errors import RowError
     from fluxcli.job import single
     from fluxcli.job.input.read import check_row
-    from fluxcli.job.output.store import record_settings
+    from fluxcli.job.output.committed import record_settings
     from fluxcli.job.plan import bucket, size_of
     from fluxcli.models.tokenizers import Tokenizers
 

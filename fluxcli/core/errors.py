@@ -65,3 +65,8 @@ class RowError(Exception):
 
 class Remark(UserWarning):
     """The message is what the user reads, once."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, for a message of ours: its first line, or its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -15,8 +15,11 @@ from fluxcli.core.errors import InputError, JobError
 from fluxcli.core.records import ShapeKey
 from fluxcli.job.input.intake import Intake, Status, take_in
 from fluxcli.job.input.read import PromptFile
-from fluxcli.job.output.lock import utc_now
-from fluxcli.job.output.store import JobStore, check_identity, committed_status, read_committed, read_failed
+from fluxcli.job.output.committed import committed_status, read_committed
+from fluxcli.job.output.failed import read_failed
+from fluxcli.job.output.identity import check_identity
+from fluxcli.job.output.sink import utc_now
+from fluxcli.job.output.store import JobStore
 from fluxcli.job.plan import BatchSize, Plan, padded_sizes, plan, size_of
 from fluxcli.job.report import text as report
 from fluxcli.job.run.progress import Progress

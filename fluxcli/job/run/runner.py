@@ -21,8 +21,9 @@ from fluxcli.core.errors import FluxcliError, OutOfMemory
 from fluxcli.core.records import Batch, Failure, Pictures, PromptRecord, ShapeKey, Timing, WarmUp
 from fluxcli.job.input.intake import Intake
 from fluxcli.job.output import images
-from fluxcli.job.output.lock import utc_now
-from fluxcli.job.output.store import JobStore, Written, record_settings
+from fluxcli.job.output.rows import ManifestRow
+from fluxcli.job.output.sink import Written, utc_now
+from fluxcli.job.output.store import JobStore
 from fluxcli.job.plan import Plan, PlannedBatch
 from fluxcli.job.run.progress import Progress
 
@@ -108,7 +109,7 @@ class Runner:
             Stopped: after committing what was in flight, on SIGINT or SIGTERM.
             TooManyFailures: more than `max_failures` rows failed.
         """
-        self._fail(self._intake.failures, progress)
+        self._fail(self._intake.failures, progress, attempted=False)
         with _stop_on_signals() as stopping:
             if len(self._plan):
                 start = time.perf_counter()
@@ -277,29 +278,32 @@ class Runner:
         progress.advance(len(rows))
         self._fail(failures, progress)
 
-    def _row(self, record: PromptRecord, saved: Written, batch: Batch, slot: int, timing: Timing) -> dict[str, Any]:
-        settings = record_settings(record)
-        return {
-            "id": record.id,
-            "prompt": settings.pop("prompt"),
-            "file_name": saved.final.relative_to(self._store.directory).as_posix(),
-            "sha256": saved.sha256,
-            **settings,
-            "text_tokens": record.text_tokens,
-            "text_length": record.text_length,
-            "truncated": record.truncated,
-            "batch": {"index": batch.index, "size": len(batch.records), "slot": slot},
-            "timing": timing.as_row(),
-            "run": self._store.run,
-            "finished_at": saved.finished_at,
-            "meta": record.meta,
-        }
+    def _row(self, record: PromptRecord, saved: Written, batch: Batch, slot: int, timing: Timing) -> ManifestRow:
+        return ManifestRow(
+            id=record.id,
+            prompt=record.prompt,
+            file_name=saved.file_name,
+            sha256=saved.sha256,
+            seed=record.seed,
+            width=record.width,
+            height=record.height,
+            num_inference_steps=record.num_inference_steps,
+            guidance_scale=record.guidance_scale,
+            text_tokens=record.text_tokens,
+            text_length=record.text_length,
+            truncated=record.truncated,
+            batch={"index": batch.index, "size": len(batch.records), "slot": slot},
+            timing=timing.as_row(),
+            run=self._store.run,
+            finished_at=saved.finished_at,
+            meta=record.meta,
+        )
 
-    def _fail(self, failures: Sequence[Failure], progress: Progress) -> None:
+    def _fail(self, failures: Sequence[Failure], progress: Progress, *, attempted: bool = True) -> None:
         if not failures:
             return
         with self._failing:  # rows fail in the loop, in the plan and at the commit
-            self._store.fail(failures)
+            self._store.fail(failures, attempted=attempted)
             self.totals.failures += len(failures)
         progress.advance(0, failed=len(failures))
         if self._max_failures is not None and self.totals.failures > self._max_failures:

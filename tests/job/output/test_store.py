@@ -18,8 +18,11 @@ import pytest
 
 from fluxcli.core.errors import JobError, RowError
 from fluxcli.core.records import Failure, PromptRecord
-from fluxcli.job.output import store as store_module
-from fluxcli.job.output.store import JobStore, record_settings
+from fluxcli.job.output import sink
+from fluxcli.job.output.committed import committed_status, content, record_settings
+from fluxcli.job.output.rows import ManifestRow
+from fluxcli.job.output.sink import Written
+from fluxcli.job.output.store import JobStore
 from tests.conftest import read_rows
 
 OPTIONS = {"dtype": "float32", "text_lengths": [64, 512], "steps": 4, "guidance": 3.5, "seed": 0, "format": "png"}
@@ -34,20 +37,20 @@ def record(id: str, prompt: str = "a bench") -> PromptRecord:
     return PromptRecord(id, prompt, 7, 64, 64, 4, 3.5, 1)
 
 
+def row_of(store: JobStore, written: Written, record: PromptRecord) -> ManifestRow:
+    return ManifestRow(
+        file_name=written.file_name,
+        sha256=written.sha256,
+        run=store.run,
+        finished_at=written.finished_at,
+        **record_settings(record),
+        id=record.id,
+    )
+
+
 def commit(store: JobStore, ids: Sequence[str], first: int = 0) -> None:
     written = [store.write(store.place(id, first + n), f"picture {id}".encode()) for n, id in enumerate(ids)]
-    rows = [
-        {
-            "id": id,
-            "file_name": each.final.relative_to(store.directory).as_posix(),
-            "sha256": each.sha256,
-            **record_settings(record(id)),
-            "run": store.run,
-            "finished_at": each.finished_at,
-        }
-        for id, each in zip(ids, written, strict=True)
-    ]
-    store.commit(written, rows)
+    store.commit(written, [row_of(store, each, record(id)) for id, each in zip(ids, written, strict=True)])
 
 
 @pytest.fixture
@@ -186,7 +189,7 @@ def test_the_row_with_a_picture_outlives_its_double_without(reopen) -> None:
     commit(store, ["a", "b"])
     manifest = store.directory / "manifest.jsonl"
     rows = manifest.read_text().splitlines(keepends=True)
-    manifest.write_text(rows[0].replace("images/a.png", "images/gone.png") + "".join(rows))
+    manifest.write_text(rows[0].replace("images/a.png", "images/0001/a.png") + "".join(rows))
     assert reopen().images == 2
     assert manifest.read_text() == "".join(rows)
 
@@ -216,14 +219,14 @@ def test_a_committed_id_with_another_prompt_is_a_row_error(reopen) -> None:
 )
 def test_every_change_is_seen_even_where_pythons_hash_is_blind(before: dict[str, Any], after: dict[str, Any]) -> None:
     committed = replace(record("a"), **before)
-    status = store_module.committed_status({"a": store_module._content(store_module._settings_of_record(committed))})
+    status = committed_status({"a": content(committed)})
     assert status(committed) == "done"
     with pytest.raises(RowError, match="another prompt or other settings"):
         status(replace(committed, **after))
 
 
 def test_files_lie_at_most_so_many_to_a_directory(reopen, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module, "FILES_PER_DIRECTORY", 3)
+    monkeypatch.setattr(sink, "FILES_PER_DIRECTORY", 3)
     store = reopen()
     commit(store, ["a", "b", "c", "d"])
     store = reopen()
@@ -241,8 +244,8 @@ def test_files_lie_at_most_so_many_to_a_directory(reopen, monkeypatch: pytest.Mo
 
 def test_ten_thousand_is_the_number_of_files_to_a_directory(reopen) -> None:
     store = reopen()
-    assert store.place("last", 9_999).parent == store.directory / "images"
-    assert store.place("next", 10_000).parent != store.directory / "images"
+    assert store.place("last", 9_999) == "images/last.png"
+    assert store.place("next", 10_000) == "images/0001/next.png"
 
 
 # Identity

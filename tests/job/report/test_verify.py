@@ -9,7 +9,8 @@ from PIL import Image
 from fluxcli.core.errors import JobError
 from fluxcli.core.files import json_line
 from fluxcli.job.output.lock import Lock
-from fluxcli.job.report.verify import alone, repair, verify
+from fluxcli.job.report.repair import alone, repair
+from fluxcli.job.report.verify import verify
 from tests.conftest import read_rows
 from tests.faults import harness
 
