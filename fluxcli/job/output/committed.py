@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import re
+import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -16,7 +17,7 @@ from fluxcli.core.records import PromptRecord
 from fluxcli.job.output import sound
 from fluxcli.job.output.log import RowLog, Tail
 from fluxcli.job.output.rows import ID, SHARD, SUFFIX, ManifestRow
-from fluxcli.job.output.sink import Entry, FileSink, nanoseconds
+from fluxcli.job.output.sink import Entry, FileSink, may_remove, nanoseconds
 
 _STOPS_AT = 3  # altered images that a start names
 _MASK = 2**60 - 1  # such numbers take 32 bytes, larger ones 40
@@ -221,10 +222,7 @@ class _Folders:
         """What lies where an image should be."""
         for other in self._others[folder]:
             if other.name == name:
-                kind = kind_of(other.mode)
-                if kind == "a directory":
-                    raise JobError(f"{folder}{name}: is a directory, in the place of an image; move it away")
-                return f"{kind} in its place"
+                return f"{kind_of(other.mode)} in its place"
         return "no image"
 
     def strays(self) -> dict[str, list[str]]:
@@ -245,6 +243,10 @@ class _Folders:
             for other in others:
                 if other.kind == "temporary":
                     self._sink.discard(folder + other.name)
+                elif stat.S_ISDIR(other.mode) and may_remove(other.name):
+                    raise JobError(
+                        f"{self._sink.path(folder + other.name)}: is a directory in an image's place; move it away"
+                    )
         self._images[folder], self._others[folder] = images, others
         return images
 

@@ -66,6 +66,9 @@ class FileSink:
         shard = number // FILES_PER_DIRECTORY
         return f"{ROOT}{f'{shard:04d}/' if shard else ''}{id}{self._suffix}"
 
+    def path(self, file_name: str) -> Path:
+        return self._directory / file_name
+
     def put(self, file_name: str, data: bytes) -> Written:
         """Puts an image beside its place, on disk for sure."""
         folder, name = _split(file_name)
