@@ -243,14 +243,16 @@ def read(log: Path) -> list[Op]:
                 return ops
 
 
-def states(ops: list[Op], first: int, seed: int = 0) -> Iterator[tuple[int, str, Disk]]:
-    """Every state after a power cut worth trying, from operation `first` on, without repeats: the number of operations
-    before it, what of them is missing, and the disk."""
-    chance, seen = random.Random(seed), set()
+def states(ops: list[Op], first: int, share: float = 1.0) -> Iterator[tuple[int, str, Disk]]:
+    """Every state after a power cut worth trying, from operation `first` on, without repeats, or a share of them: the
+    number of operations before it, what of them is missing, and the disk."""
+    chance, seen = random.Random(3), set()
     for cut in range(max(1, first), len(ops) + 1):
         if ops[cut - 1].what == "told" and cut < len(ops):
             continue
         for what, missing, torn in _cases(ops, _pending(ops, cut), chance):
+            if share < 1 and chance.random() >= share:
+                continue
             disk = Disk()
             for at, op in enumerate(ops[:cut]):
                 if at not in missing:

@@ -1,6 +1,7 @@
 """Faults while a job runs: memory, numbers, disks, owners and signals. No fault costs another row its image."""
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -16,7 +17,9 @@ import pytest
 from fluxcli.core import files
 from fluxcli.core.errors import DeviceError, JobError, OutOfMemory
 from fluxcli.core.records import Batch
-from fluxcli.job.output import committed, sink
+from fluxcli.job.output import committed, lock, sink
+from fluxcli.job.output.rows import ManifestRow
+from fluxcli.job.output.store import JobStore
 from fluxcli.job.report.verify import verify
 from fluxcli.job.run.runner import TooManyFailures
 from tests.conftest import read_rows
@@ -284,6 +287,42 @@ def test_another_hosts_owner_is_believed_until_its_heart_stops(rows, tmp_path) -
         harness.run(rows, tmp_path / "job")
     os.utime(lock, (time.time() - 1000,) * 2)
     assert harness.run(rows, tmp_path / "job") == 0
+
+
+@pytest.mark.parametrize("frozen_at", ["before its check", "after its check"])
+def test_an_owner_frozen_while_another_took_over_doubles_nothing(
+    frozen_at: str, rows, undisturbed, tmp_path, monkeypatch
+) -> None:
+    """On a shared disk whose flock reaches no other machine: the first wakes amid a commit and is succeeded."""
+    monkeypatch.setattr(fcntl, "flock", lambda *args: None)
+    directory = tmp_path / "job"
+    first = JobStore(directory, harness.job(rows, directory).identity, ".png")
+
+    def commit(store: JobStore, id: str) -> None:
+        written = store.write(store.place(id, 0), b"image")
+        settings = {"seed": 0, "width": 64, "height": 64, "num_inference_steps": 1, "guidance_scale": None}
+        stamp = {"sha256": written.sha256, "finished_at": written.finished_at, "file_name": written.file_name}
+        store.commit([written], [ManifestRow(id=id, prompt="x", run=store.run, **settings, **stamp)])
+
+    commit(first, "before")
+    monkeypatch.setattr(lock, "machine", lambda: "another")
+    os.utime(directory / ".lock", (0, 0))
+    second = JobStore(directory, harness.job(rows, directory).identity, ".png")
+    if frozen_at == "before its check":
+        with pytest.raises(JobError, match="has taken this job over"):
+            commit(first, "late")
+        commit(second, "next")
+        assert [row["id"] for row in harness.manifest(directory)] == ["before", "next"]
+    else:
+        monkeypatch.setattr(first._lock, "check", lambda **_: None)
+        commit(first, "late")
+        with pytest.raises(JobError, match=r"manifest\.jsonl: changed by another process"):
+            commit(second, "late")
+        with pytest.raises(JobError):
+            commit(second, "next")
+        assert [row["id"] for row in harness.manifest(directory)] == ["before", "late"]
+    first.close()
+    second.close()
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -1,6 +1,5 @@
 """Which images a job has: its manifest read fast, and, at a start, held against what lies under images/."""
 
-import contextlib
 import hashlib
 import json
 import re
@@ -9,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from fluxcli.core.errors import JobError, RowError
 from fluxcli.core.files import kind_of
@@ -39,29 +38,19 @@ _CANONICAL = re.compile(
 ).fullmatch
 
 
-class Brief(NamedTuple):
-    """What a start needs of a manifest row: `content` is a hash of its settings, good for this process, `folder` and
-    `name` are its file_name's parts, `finished` is in nanoseconds."""
-
-    id: str
-    content: int
-    folder: str
-    name: str
-    finished: int
-    run: int
-    line: bytes
+# What a start needs of a manifest row: id, content (a hash of its settings, good for this process), the folder and the
+# name in file_name, finished_at in nanoseconds, run; and its line, for the rest. A bare tuple: there may be millions.
+Brief = tuple[str, int, str, str, int, int, bytes]
 
 
 def briefs(log: "RowLog[ManifestRow]") -> Iterator[tuple[int, Brief | None]]:
     """`RowLog.read` of a manifest, in a third of the time."""
     tail = Tail(log)
     for number, line in log.lines():
-        brief = None
-        if not tail.begun:
-            with contextlib.suppress(
-                ValueError
-            ):  # bytes that are no text, a day that is none: parsed, and refused there
-                brief = _canonical(line)
+        try:
+            brief = None if tail.begun else _canonical(line)
+        except ValueError:  # no text, or a day that is none: refused when it is parsed
+            brief = None
         if brief is not None:
             yield number, brief
         elif b"\0" in line:
@@ -71,8 +60,7 @@ def briefs(log: "RowLog[ManifestRow]") -> Iterator[tuple[int, Brief | None]]:
             row = log.parse(number, line)
             tail.go_on(row.append)
             folder, slash, name = row.file_name.rpartition("/")
-            finished = nanoseconds(row.finished_at)
-            yield number, Brief(row.id, content(row), folder + slash, name, finished, row.run, line)
+            yield number, (row.id, content(row), folder + slash, name, nanoseconds(row.finished_at), row.run, line)
 
 
 def _canonical(line: bytes) -> Brief | None:
@@ -86,7 +74,7 @@ def _canonical(line: bytes) -> Brief | None:
     else:
         prompt = prompt[1:-1]
     finished = _second(second) + int(millisecond) * 10**6
-    return Brief(id, hash(settings + prompt) & _MASK, folder, name, finished, int(run), line)
+    return id, hash(settings + prompt) & _MASK, folder, name, finished, int(run), line
 
 
 def content(row: ManifestRow | PromptRecord) -> int:
@@ -150,34 +138,35 @@ def find(log: "RowLog[ManifestRow]", sink: FileSink) -> Found:
     images, lost, dropped = found.images, found.lost, found.dropped
     folders = _Folders(sink)
     altered: list[str] = []
-    for number, row in briefs(log):
-        if row is None:
+    for number, brief in briefs(log):
+        if brief is None:
             dropped.add(number)
             found.unreadable += 1
             continue
-        if row.run > found.last_run:
-            found.last_run = row.run
-        if row.id in images:
+        id, settings, folder, name, finished, run, line = brief
+        if run > found.last_run:
+            found.last_run = run
+        if id in images:
             dropped.add(number)
             continue
-        modified = folders[row.folder].pop(row.name, None)
+        modified = folders[folder].pop(name, None)
         problem = None
         if modified is None:
-            problem = folders.instead(row.folder, row.name)
-        elif modified != row.finished:
-            problem = _examined(log.parse(number, row.line), sink)
+            problem = folders.instead(folder, name)
+        elif modified != finished:
+            problem = _examined(log.parse(number, line), sink)
             if problem == _STILL_AN_IMAGE:
-                altered.append(row.folder + row.name)
+                altered.append(folder + name)
                 if len(altered) == _STOPS_AT:
                     break
                 continue
         if problem is None:
-            images[row.id] = row.content
+            images[id] = settings
             if lost:
-                lost.pop(row.id, None)
+                lost.pop(id, None)
             continue
         dropped.add(number)
-        lost.setdefault(row.id, problem)
+        lost.setdefault(id, problem)
     if altered:
         raise JobError(
             f"{log.path.parent}: {', '.join(altered)}: changed since the job made them, and still images; nothing is "
@@ -204,37 +193,17 @@ def _examined(row: ManifestRow, sink: FileSink) -> str | None:
     return _STILL_AN_IMAGE
 
 
-class _Folders:
-    """The images under images/, a folder read when its first row comes up: the manifest fills one after the other, so
-    that only a few are held at a time."""
+class _Folders(dict[str, dict[str, int]]):
+    """The images of each folder with their times, a folder read when its first row comes up: the manifest fills one
+    after the other, so that only a few are held at a time."""
 
     def __init__(self, sink: FileSink) -> None:
+        super().__init__()
         self._sink = sink
         self._unread = set(sink.folders())
-        self._images: dict[str, dict[str, int]] = {}
         self._others: dict[str, list[Entry]] = {}
 
-    def __getitem__(self, folder: str) -> dict[str, int]:
-        images = self._images.get(folder)
-        return self._read(folder) if images is None else images
-
-    def instead(self, folder: str, name: str) -> str:
-        """What lies where an image should be."""
-        for other in self._others[folder]:
-            if other.name == name:
-                return f"{kind_of(other.mode)} in its place"
-        return "no image"
-
-    def strays(self) -> dict[str, list[str]]:
-        for folder in sorted(self._unread):
-            self._read(folder)
-        found: dict[str, list[str]] = {}
-        for folder, images in self._images.items():
-            for name in images:
-                found.setdefault(name, []).append(folder + name)
-        return found
-
-    def _read(self, folder: str) -> dict[str, int]:
+    def __missing__(self, folder: str) -> dict[str, int]:
         images: dict[str, int] = {}
         others: list[Entry] = []
         if folder in self._unread:
@@ -244,11 +213,25 @@ class _Folders:
                 if other.kind == "temporary":
                     self._sink.discard(folder + other.name)
                 elif stat.S_ISDIR(other.mode) and may_remove(other.name):
-                    raise JobError(
-                        f"{self._sink.path(folder + other.name)}: is a directory in an image's place; move it away"
-                    )
-        self._images[folder], self._others[folder] = images, others
+                    place = self._sink.path(folder + other.name)
+                    raise JobError(f"{place}: is a directory in an image's place; move it away")
+        self[folder], self._others[folder] = images, others
         return images
+
+    def instead(self, folder: str, name: str) -> str:
+        """What lies where an image should be."""
+        found = (other for other in self._others[folder] if other.name == name)
+        return next((f"{kind_of(other.mode)} in its place" for other in found), "no image")
+
+    def strays(self) -> dict[str, list[str]]:
+        """Images that were not taken out, by their own names."""
+        for folder in sorted(self._unread):
+            self[folder]
+        found: dict[str, list[str]] = {}
+        for folder, images in self.items():
+            for name in images:
+                found.setdefault(name, []).append(folder + name)
+        return found
 
 
 # Looks from outside, which mend and lock nothing
@@ -257,7 +240,7 @@ class _Folders:
 def read_committed(directory: Path) -> dict[str, int]:
     """Ids in a job's manifest with their `content`."""
     log = RowLog(directory / "manifest.jsonl", ManifestRow)
-    return {row.id: row.content for _, row in briefs(log) if row is not None}
+    return {brief[0]: brief[1] for _, brief in briefs(log) if brief is not None}
 
 
 def committed_status(committed: dict[str, int]) -> Callable[[PromptRecord], str | None]:
