@@ -12,7 +12,7 @@ from fluxcli.cli.settings import say
 
 @click.command()
 @click.argument("directory", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--repair", is_flag=True, help="Remove what is broken, so that the next run makes it again.")
+@click.option("--repair", is_flag=True, help="Put right what can be, and remove what the next run can make again.")
 @click.option("--yes", is_flag=True, help="Repair without asking.")
 @json_output
 @verbosity

@@ -243,6 +243,13 @@ def read_committed(directory: Path) -> dict[str, int]:
     return {brief[0]: brief[1] for _, brief in briefs(log) if brief is not None}
 
 
+def read_prompts(directory: Path) -> Iterator[tuple[str, str]]:
+    """(id, prompt) of every image in a job's manifest."""
+    for _, row in RowLog(directory / "manifest.jsonl", ManifestRow).read():
+        if row is not None:
+            yield row.id, row.prompt
+
+
 def committed_status(committed: dict[str, int]) -> Callable[[PromptRecord], str | None]:
     """Asked of a record: "done" where its image is among `committed`, else None.
 

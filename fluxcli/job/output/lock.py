@@ -213,8 +213,11 @@ def _read(path: Path) -> Owner | None:
     """The owner whom .lock names; None where it names none, not even when asked again: one is just written down."""
     for pause in (0.0, 0.05, 0.2):
         time.sleep(pause)
-        with open(open_regular(path), "rb") as file:
-            owner = _owner(file.read(_LARGEST))
+        try:
+            with open(open_regular(path), "rb") as file:
+                owner = _owner(file.read(_LARGEST))
+        except FileNotFoundError:  # just released
+            return None
         if owner is not None:
             break
     return owner
@@ -236,10 +239,11 @@ def problem_with(directory: Path) -> str | None:
         return None
     if not stat.S_ISREG(mode):
         return f"is {kind_of(mode)}"
-    if _read(path) is not None:
+    if _read(path) is not None or not path.exists():
         return None
-    data = path.read_bytes()[:_LARGEST]
     try:
+        with open(open_regular(path), "rb") as file:
+            data = file.read(_LARGEST)
         if data.strip(b"\0"):  # else a crash came before its text was on disk
             Owner.read(data)
     except BadRow as error:

@@ -26,6 +26,7 @@ from fluxcli.job.output.store import leftovers
 from fluxcli.job.report import mend
 
 _AHEAD = 64  # images that may wait to be looked at
+_PART = 2**16  # hashes compared at once
 
 
 @dataclass(frozen=True)
@@ -273,7 +274,7 @@ def _check_image(sink: FileSink, row: ManifestRow) -> _Looked:
 
 
 class _Hashes:
-    """A set of strings too many to hold: their hashes, eight bytes each."""
+    """Strings too many to hold: their hashes, eight bytes each."""
 
     def __init__(self) -> None:
         self._all = array("Q")
@@ -282,11 +283,25 @@ class _Hashes:
         self._all.append(_hash(text))
 
     def __sub__(self, other: "_Hashes") -> set[int]:
-        return set(np.setdiff1d(np.frombuffer(self._all, np.uint64), np.frombuffer(other._all, np.uint64)).tolist())
+        here, there = self._ordered(), other._ordered()
+        lacking: set[int] = set()
+        for start in range(0, len(here), _PART):
+            part = here[start : start + _PART]
+            at = np.searchsorted(there, part)
+            found = at < len(there)
+            found[found] = there[at[found]] == part[found]
+            lacking.update(part[~found].tolist())
+        return lacking
 
     def doubled(self) -> set[int]:
-        ordered = np.sort(np.frombuffer(self._all, np.uint64))
+        ordered = self._ordered()
         return set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
+
+    def _ordered(self) -> "np.ndarray[Any, np.dtype[np.uint64]]":
+        """Them all, sorted where they lie."""
+        view = np.frombuffer(self._all, np.uint64) if self._all else np.empty(0, np.uint64)
+        view.sort()
+        return view
 
 
 def _hash(text: str) -> int:

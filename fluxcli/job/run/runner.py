@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from fluxcli import __version__
 from fluxcli.core.config import ImageFormat
-from fluxcli.core.errors import FluxcliError, OutOfMemory
+from fluxcli.core.errors import FluxcliError, OutOfMemory, first_line
 from fluxcli.core.records import Batch, Failure, Pictures, PromptRecord, ShapeKey, Timing, WarmUp
 from fluxcli.job.input.intake import Intake
 from fluxcli.job.output import images
@@ -225,7 +225,7 @@ class Runner:
         if len(planned.rows) > 1:
             waiting.extendleft(reversed(self._split(planned)))
             return
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         record = batch.records[0]
         self._fail([Failure(record.id, record.line, kind, reason)], progress)
 

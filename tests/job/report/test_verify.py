@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -304,34 +305,47 @@ def test_a_name_that_is_no_text_is_shown_as_what_it_is(finished: Path, fluxcli) 
     assert found.json["problems"][0]["file_name"] == "images/caf\\xe9\x1b[31m.png"
 
 
-@pytest.mark.slow
-def test_a_million_rows_are_verified_in_little_memory(tmp_path: Path) -> None:
-    """Rows and images by hard links, so that the disk holds one image."""
-    directory, count = tmp_path / "job", 1_000_000
-    assert harness.run(harness.write_input(tmp_path / "rows.jsonl", 1), directory) == 0
-    (row,) = read_rows(directory / "manifest.jsonl")
-    first = directory / row["file_name"]
+def many(directory: Path, row: dict, count: int) -> Path:
+    """A job of as many rows, its images links to one another, so that the disk holds few."""
+    first = (directory.parent / "job" / row["file_name"]).read_bytes()
+    directory.mkdir()
+    shutil.copy(directory.parent / "job" / "job.json", directory)
     with (directory / "manifest.jsonl").open("wb") as manifest:
         for number in range(count):
-            folder = directory / "images" / f"{1 + number // 10_000:04d}"
-            folder.mkdir(exist_ok=True)
-            id, name = f"r{number}", f"images/{folder.name}/r{number}.png"
-            if number % 60_000 == 0:  # the most links that a file may have
-                source = folder / f"r{number}.png"
-                source.write_bytes(first.read_bytes())
+            name = f"images/{1 + number // 10_000:04d}/r{number}.png"
+            path = directory / name
+            if number % 10_000 == 0:
+                path.parent.mkdir(parents=True)
+                source = path
+                source.write_bytes(first)
             else:
-                os.link(source, directory / name)
-            manifest.write(json_line({**row, "id": id, "file_name": name}))
-    first.unlink()
+                os.link(source, path)
+            manifest.write(json_line({**row, "id": f"r{number}", "file_name": name}))
+    return directory
+
+
+@pytest.mark.slow
+def test_a_row_more_costs_verify_a_few_bytes(tmp_path: Path) -> None:
+    assert harness.run(harness.write_input(tmp_path / "rows.jsonl", 1), tmp_path / "job") == 0
+    (row,) = read_rows(tmp_path / "job" / "manifest.jsonl")
     code = (
-        "import resource, sys; from pathlib import Path; from fluxcli.job.report.verify import verify\n"
+        "import sys; from pathlib import Path; from fluxcli.job.report.verify import verify\n"
         "found = verify(Path(sys.argv[1])); assert not found.problems, found.problems[:3]\n"
-        "print(found.images, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
+        "peak = next(line for line in open('/proc/self/status') if line.startswith('VmHWM'))\n"
+        "print(found.images, peak.split()[1])"
     )
-    done = subprocess.run([sys.executable, "-c", code, directory], capture_output=True, text=True, check=True)
-    images, peak = map(int, done.stdout.split())
-    print(f"{images} images verified in {peak} MiB")
-    assert images == count and peak < 300
+
+    def peak(count: int) -> int:
+        """KiB."""
+        command = [sys.executable, "-c", code, many(tmp_path / str(count), row, count)]
+        images, kib = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        assert int(images) == count
+        return int(kib)
+
+    few, lots = peak(10_000), peak(150_000)
+    each = (lots - few) * 1024 / 140_000
+    print(f"{few} KiB for 10,000 rows, {lots} for 150,000: {each:.0f} bytes a row")
+    assert each < 100 and lots < 150_000
 
 
 def test_a_running_job_is_not_repaired(finished: Path) -> None:
