@@ -86,8 +86,8 @@ def gen(
     """Make images of one PROMPT and print their paths."""
     from fluxcli.core.records import Failure
     from fluxcli.job import single
+    from fluxcli.job.output.committed import record_settings
     from fluxcli.job.output.images import comment_truncated
-    from fluxcli.job.output.store import record_settings
     from fluxcli.job.plan import size_of
     from fluxcli.models.tokenizers import Tokenizers
 

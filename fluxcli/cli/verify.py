@@ -12,7 +12,7 @@ from fluxcli.cli.settings import say
 
 @click.command(epilog=example("fluxcli verify out --repair"))
 @click.argument("directory", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--repair", is_flag=True, help="Remove what is broken, so that the next run makes it again.")
+@click.option("--repair", is_flag=True, help="Put right what can be, and remove what the next run can make again.")
 @click.option("--yes", is_flag=True, help="Repair without asking.")
 @json_output
 @verbosity
@@ -22,14 +22,17 @@ def verify(ctx: click.Context, /, directory: Path, repair: bool, yes: bool, as_j
 
     Exits with 1 if anything is not as the manifest says.
     """
-    from fluxcli.job.report import verify as job
+    from fluxcli.job.report.repair import alone
+    from fluxcli.job.report.repair import repair as mend
+    from fluxcli.job.report.verify import verify as look
 
-    with job.alone(directory) if repair else contextlib.nullcontext():
-        verdict = job.verify(directory)
+    with alone(directory) if repair else contextlib.nullcontext():
+        verdict = look(directory)
         say(verdict.as_lines())
         if as_json:
             click.echo(json.dumps(verdict.as_data(), ensure_ascii=False))
         if repair and verdict.problems and (yes or click.confirm("Remove all of these?", err=True)):
-            job.repair(verdict)
+            for line in mend(verdict):
+                say(f"left: {line}")
             say("removed; run the job again to make what is missing")
     ctx.exit(1 if verdict.problems else 0)

@@ -1,89 +1,113 @@
-"""JSON lines and files that survive a crash: appended or replaced whole, on disk for sure before anyone is told."""
+"""Files that survive a crash and harm nobody: replaced whole or not at all, on disk for sure before anyone is told,
+opened without following a link or waiting for a pipe."""
 
+import contextlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+import secrets
+import stat
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from fluxcli.core.errors import JobError
 from fluxcli.core.terminal import printable
 
 TEMPORARY = ".tmp"  # ends the name of every file that is not finished
+_LONGEST_STEM = 200  # bytes of the final name that its temporary's carries: names end at 255
+# What `open_regular` adds: a link is refused, a pipe does not block.
+_SAFELY = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_KINDS = (
+    (stat.S_ISLNK, "a link"),
+    (stat.S_ISDIR, "a directory"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+)
 
 
-def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Appends rows in one write, on disk for sure."""
-    data = b"".join(map(json_line, rows))
-    if not data:
-        return
-    new = not path.exists()
-    with path.open("ab", buffering=0) as file:
-        while data:
-            data = data[file.write(data) :]
-        os.fsync(file.fileno())
-    if new:
-        fsync_directory(path.parent)
+def temporary_name(name: str) -> str:
+    """A name of its own for what will become `name`: two processes never write the same one."""
+    stem = os.fsdecode(os.fsencode(name)[:_LONGEST_STEM])
+    return f".{stem}.{secrets.token_hex(4)}{TEMPORARY}"
 
 
-def read_rows(path: Path, *keys: str, torn_ok: bool = False) -> Iterator[dict[str, Any]]:
-    """Every row of a file that may not exist yet. `torn_ok` passes over a last line without its end.
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to fill: it stands in `path`'s place, whole and on disk for sure, once the block ends; where the block
+    fails, `path` is as it was."""
+    temporary = path.with_name(temporary_name(path.name))
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _SAFELY, 0o666)
+    try:
+        with open(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    fsync_directory(path.parent)
+
+
+def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
+    """A descriptor of a plain file: no link is followed, no pipe waited for.
 
     Raises:
-        JobError: naming the line that is no JSON object or lacks one of `keys`.
+        JobError: something else lies there.
+        OSError: as `os.open`.
     """
-    if not path.exists():
+    try:
+        descriptor = os.open(path, flags | _SAFELY, 0o666)
+    except OSError:
+        refuse_irregular(path)
+        raise
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        raise JobError(f"{path}: is {kind_of(mode)} where fluxcli keeps a file; move it away")
+    return descriptor
+
+
+def refuse_irregular(path: Path) -> None:
+    """Raises JobError where something lies at `path` that is no plain file."""
+    try:
+        mode = path.lstat().st_mode
+    except OSError:
         return
-    required = set(keys)
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if torn_ok and not line.endswith(b"\n"):
-                return
-            try:
-                row = json.loads(line.decode())
-                complete = required <= row.keys()
-            except (ValueError, AttributeError) as error:
-                raise JobError(f"{path}, line {number}: not a row of JSON; run fluxcli verify --repair") from error
-            if not complete:
-                missing = ", ".join(sorted(required - row.keys()))
-                raise JobError(f"{path}, line {number}: has no {missing}; run fluxcli verify --repair")
-            yield row
+    if not stat.S_ISREG(mode):
+        raise JobError(f"{path}: is {kind_of(mode)} where fluxcli keeps a file; move it away")
 
 
-def cut_torn_line(path: Path) -> int:
-    """Cuts off what follows the last line end of a file; returns the bytes removed."""
-    if not path.exists():
-        return 0
-    with path.open("r+b") as file:
-        size = end = file.seek(0, os.SEEK_END)
-        while end > 0:
-            start = max(0, end - 2**16)
-            file.seek(start)
-            newline = file.read(end - start).rfind(b"\n")
-            if newline >= 0:
-                end = start + newline + 1
+def kind_of(mode: int) -> str:
+    """A file's kind in words, of its st_mode."""
+    return next((name for is_kind, name in _KINDS if is_kind(mode)), "a device")
+
+
+def write_all(descriptor: int, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
+
+
+def make_directories(directory: Path) -> None:
+    """Makes a directory and what is missing above it, and makes every name on the way to it last: a killed process may
+    have made them and told nobody."""
+    directory.mkdir(parents=True, exist_ok=True)
+    below = directory.resolve()
+    device = below.stat().st_dev
+    for parent in below.parents:
+        try:
+            if parent.stat().st_dev != device:
                 break
-            end = start
-        if end < size:
-            file.truncate(end)
-            os.fsync(file.fileno())
-        return size - end
-
-
-def write_atomically(path: Path, lines: Iterable[str]) -> None:
-    """Replaces a file whole, or not at all."""
-    temporary = path.with_name(f".{path.name}{TEMPORARY}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(lines)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    fsync_directory(path.parent)
+            fsync_directory(parent)
+        except OSError:  # a parent that may not be read: its owner made the name long ago
+            break
 
 
 def fsync_directory(directory: Path) -> None:
     """Makes renames and new names in a directory last."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     finally:

@@ -2,23 +2,26 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from fluxcli import __version__
 from fluxcli.core.config import EngineConfig, ImageFormat, RowDefaults
 from fluxcli.core.errors import InputError, JobError
-from fluxcli.core.files import folds_case, read_rows
+from fluxcli.core.files import folds_case
 from fluxcli.core.records import ShapeKey
 from fluxcli.job.input.intake import Intake, Status, take_in
 from fluxcli.job.input.keys import NO_COLUMNS, Columns
 from fluxcli.job.input.read import Format, PromptFile
-from fluxcli.job.output.lock import utc_now
-from fluxcli.job.output.store import JobStore, check_identity, committed_status, read_committed, read_failed
+from fluxcli.job.output.committed import committed_status, read_committed, read_prompts
+from fluxcli.job.output.failed import Failed, read_failed
+from fluxcli.job.output.identity import check_identity
+from fluxcli.job.output.sink import utc_now
+from fluxcli.job.output.store import JobStore
 from fluxcli.job.plan import BatchSize, Plan, padded_sizes, plan, size_of
 from fluxcli.job.report import text as report
 from fluxcli.job.run import signals
@@ -101,7 +104,7 @@ class Job:
             InputError: a bad row, or one that asks for what is not done, where the job is strict.
         """
         check_identity(self.directory, self.identity)
-        failed = set() if self.retry_failed else read_failed(self.directory)
+        failed = Failed() if self.retry_failed else read_failed(self.directory)
         status = committed_status(read_committed(self.directory))
         intake = self._accepted(source, status, lambda id, line: (id, line) in failed, say)
         return intake, self.plan(intake)
@@ -175,7 +178,7 @@ class Job:
         with Progress(len(intake.groups)) as progress:
             saver = Saver(run, self.image, self.checkpoint.label, progress, self.max_failures)
             with signals.held():
-                saver.fail(intake.failures)
+                saver.fail(intake.failures, attempted=False)
             if not len(todo):
                 return
             runner = Runner(run, intake, todo, saver, progress)
@@ -208,13 +211,9 @@ class Job:
         return intake
 
     def _take_in(self, source: PromptFile, status: Status, say: Callable[[str], None]) -> Intake:
-        def committed() -> Iterator[tuple[str, str]]:
-            rows = read_rows(self.directory / "manifest.jsonl", "id", "prompt", torn_ok=True)
-            return ((row["id"], row["prompt"]) for row in rows)
-
         count = Tokenizers(self.checkpoint.tokenizers).count
         settings = (source, self.defaults, self.text_lengths, count, status, self.limit)
-        return take_in(*settings, committed, folds_case(self.directory), Reading(say))
+        return take_in(*settings, partial(read_prompts, self.directory), folds_case(self.directory), Reading(say))
 
 
 def _known_fingerprint(directory: Path) -> str | None:

@@ -23,7 +23,9 @@ from fluxcli.core.files import json_line
 from fluxcli.core.records import PromptRecord
 from fluxcli.job.input.read import PromptFile
 from fluxcli.job.job import Job
-from fluxcli.job.output.store import FILES_PER_DIRECTORY, JobStore, record_settings
+from fluxcli.job.output.committed import record_settings
+from fluxcli.job.output.sink import FILES_PER_DIRECTORY
+from fluxcli.job.output.store import JobStore
 from fluxcli.models.checkpoints import resolve
 
 

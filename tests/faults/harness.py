@@ -13,11 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from fluxcli.core import files
 from fluxcli.core.config import EngineConfig, ImageFormat
 from fluxcli.core.records import Batch, Pictures, ShapeKey, Timing, WarmUp
 from fluxcli.job.job import Job
-from fluxcli.job.output import store
 from fluxcli.models.checkpoints import resolve
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
@@ -101,72 +99,32 @@ def die() -> None:
 
 
 # Every call by which the commit protocol touches the disk.
-STEPS = ("mkdir", "write", "utime", "fsync", "replace", "fsync_directory", "append")
+STEPS = ("mkdir", "open", "write", "utime", "fsync", "replace")
 
 
 def arm(step: str, when: str, number: int) -> None:
-    """Makes this process kill itself `when` ("before", "midway" or "after") the `number`-th call of a step.
+    """Makes this process kill itself `when` ("before", "midway" or "after") the `number`-th call of a step of `os`.
 
-    Midway leaves half of what a write was to write.
+    Midway leaves half of what a write was to write; of `open` only calls that make a file count.
     """
     calls = 0
+    original = getattr(os, step)
 
-    def fatal(function: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls == number and when == "before":
-                die()
-            result = function(*args, **kwargs)
-            if calls == number and when == "after":
-                die()
-            return result
+    def fatal(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        if step == "open" and not args[1] & os.O_CREAT:
+            return original(*args, **kwargs)
+        calls += 1
+        if calls == number and when == "midway":
+            original(args[0], args[1][: len(args[1]) // 2])
+        if calls == number and when != "after":
+            die()
+        result = original(*args, **kwargs)
+        if calls == number:
+            die()
+        return result
 
-        return wrapped
-
-    if step in ("write", "append"):
-        original = Path.open
-        mode = "wb" if step == "write" else "ab"
-
-        def opened(self: Path, *args: Any, **kwargs: Any) -> Any:
-            nonlocal calls
-            file = original(self, *args, **kwargs)
-            if args and args[0] == mode:
-                calls += 1
-                if calls == number:
-                    return _Dying(file, when)
-            return file
-
-        Path.open = opened  # type: ignore[method-assign, assignment]
-    elif step == "mkdir":
-        Path.mkdir = fatal(Path.mkdir)  # type: ignore[method-assign]
-    elif step == "fsync_directory":
-        store.fsync_directory = files.fsync_directory = fatal(files.fsync_directory)  # type: ignore[assignment]
-    else:
-        setattr(os, step, fatal(getattr(os, step)))
-
-
-class _Dying:
-    """A file whose first write is the last thing its process does."""
-
-    def __init__(self, file: Any, when: str) -> None:
-        self._file, self._when = file, when
-
-    def __enter__(self) -> "_Dying":
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._file.close()
-
-    def fileno(self) -> int:
-        number: int = self._file.fileno()
-        return number
-
-    def write(self, data: bytes) -> None:
-        part = {"before": b"", "midway": data[: len(data) // 2], "after": data}[self._when]
-        self._file.write(part)
-        self._file.flush()
-        die()
+    setattr(os, step, fatal)
 
 
 def manifest(directory: Path) -> list[dict[str, Any]]:

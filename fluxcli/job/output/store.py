@@ -1,54 +1,35 @@
 """A job's directory and its commit protocol: compute at least once, show each image exactly once.
 
-A picture is written to a temporary file beside its place and fsynced, renamed into place, its directory fsynced; then
-the batch's rows are appended to manifest.jsonl and fsynced. So a row in the manifest means a whole picture on disk,
-whatever dies when. What a crash can leave behind - a temporary, a picture without a row, half a line - `JobStore`
-clears or redoes at the next start.
+An image is written to a temporary file beside its place and fsynced, renamed into place, its directory fsynced; then
+the batch's rows are appended to manifest.jsonl and fsynced. So a row in the manifest means a whole image on disk,
+whatever dies when. What a crash can leave behind - a temporary, an image without a row, half a line - `JobStore` clears
+or redoes at the next start, after making what is there last. The first write that fails ends all commits: what the disk
+holds then, nobody knows.
 """
 
 import contextlib
-import hashlib
-import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from datetime import datetime
-from functools import cached_property, lru_cache
-from operator import attrgetter, itemgetter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fluxcli.core.errors import JobError, RowError
-from fluxcli.core.files import (
-    TEMPORARY,
-    append_rows,
-    cut_torn_line,
-    fsync_directory,
-    json_text,
-    read_rows,
-    write_atomically,
-)
+from fluxcli.core.errors import JobError
+from fluxcli.core.files import TEMPORARY, fsync_directory, make_directories
 from fluxcli.core.records import Failure, PromptRecord
-from fluxcli.job.output.lock import Lock, utc_now
+from fluxcli.job.output.committed import committed_status, content, find
+from fluxcli.job.output.failed import Failed
+from fluxcli.job.output.identity import check_identity, read_identity, write_identity
+from fluxcli.job.output.lock import Lock, Owner
+from fluxcli.job.output.log import RowLog
+from fluxcli.job.output.rows import FailureRow, ManifestRow, R, RunRow
+from fluxcli.job.output.sink import FileSink, Written
 
-FILES_PER_DIRECTORY = 10_000
-# What a start relies on in the rows of each file.
-FAILURE_KEYS = ("id", "line", "attempt", "run")
-RUN_KEYS = ("run",)
-_SETTINGS = ("prompt", "seed", "width", "height", "num_inference_steps", "guidance_scale")
-_settings_of_row, _settings_of_record = itemgetter(*_SETTINGS), attrgetter(*_SETTINGS)
-MANIFEST_KEYS = ("id", "file_name", "sha256", "run", "finished_at", *_SETTINGS)
-
-
-@dataclass(frozen=True, slots=True)
-class Written:
-    """A picture in its temporary file, ready to be committed."""
-
-    temporary: Path
-    final: Path
-    sha256: str
-    finished_at: str
+_TEMPORARY = re.compile(
+    rf"\.(job\.json|(manifest|failures|runs)\.jsonl|lock)([.-][0-9a-f]+)?{re.escape(TEMPORARY)}"
+).fullmatch
 
 
 class JobStore:
@@ -66,22 +47,24 @@ class JobStore:
         self, directory: Path, identity: dict[str, Any], suffix: str, say: Callable[[str], None] = lambda text: None
     ) -> None:
         self.directory = directory
-        self._suffix = suffix
         self._say = say
-        self._manifest_path = directory / "manifest.jsonl"
-        self._failures_path = directory / "failures.jsonl"
-        self._runs_path = directory / "runs.jsonl"
+        self._manifest = RowLog(directory / "manifest.jsonl", ManifestRow)
+        self._failures = RowLog(directory / "failures.jsonl", FailureRow)
+        self._runs = RowLog(directory / "runs.jsonl", RunRow)
+        self._sink = FileSink(directory, suffix)
+        self._barred: JobError | None = None
         with self._writing():
-            directory.mkdir(parents=True, exist_ok=True)
+            make_directories(directory)
             self._lock = Lock(directory)
             try:
                 check_identity(directory, identity)
                 self._recover(identity)
             except BaseException:
-                self._lock.release()
+                self.close()
                 raise
 
     def close(self) -> None:
+        self._sink.close()
         self._lock.release()
 
     @cached_property
@@ -91,275 +74,152 @@ class JobStore:
         Raises:
             RowError: an image is committed under this id from another prompt or other settings.
         """
-        return committed_status(self._committed)
+        return committed_status(self._found.images)
 
     def failed_before(self, id: str | None, line: int) -> bool:
-        """Whether the row with this id on this line stands in failures.jsonl."""
-        return (id, line) in self._attempts
+        """Whether the row with this id, on this line where it has no id of its own, stands in failures.jsonl."""
+        return (id, line) in self._failed
 
     @property
     def images(self) -> int:
-        return len(self._committed)
+        return len(self._found.images)
 
-    def place(self, id: str, number: int) -> Path:
-        """Where the `number`-th image of this run goes: at most FILES_PER_DIRECTORY in one directory."""
-        shard = (self._rows_at_start + number) // FILES_PER_DIRECTORY
-        folder = self.directory / "images"
-        return (folder / f"{shard:04d}" if shard else folder) / f"{id}{self._suffix}"
+    def place(self, id: str, number: int) -> str:
+        """The file name of the `number`-th image of this run."""
+        return self._sink.place(id, self._rows_at_start + number)
 
-    def write(self, final: Path, data: bytes) -> Written:
-        """Puts a picture into its temporary file, on disk for sure. Safe to call from several threads."""
+    def write(self, file_name: str, data: bytes) -> Written:
+        """Puts an image into its temporary file, on disk for sure. Safe to call from several threads."""
+        if self._barred is not None:
+            raise self._barred
+        with self._writing():
+            self._lock.check(lately=True)
+            return self._sink.put(file_name, data)
+
+    def commit(self, written: Sequence[Written], rows: Sequence[ManifestRow]) -> None:
+        """Makes a batch's images and rows part of the job: all of an image's bytes first, its row last.
+
+        Raises:
+            JobError: the disk failed, now or before; an id is committed already; another process owns the job.
+        """
+        if self._barred is not None:
+            raise self._barred
+        images = self._found.images
+        ids = [row.id for row in rows]
+        taken = next((id for n, id in enumerate(ids) if id in images or id in ids[:n]), None)
+        if taken is not None:
+            raise JobError(
+                f"{self.directory}: id {taken} is committed already; nothing is overwritten. Run again to go on"
+            )
         with self._writing():
             self._lock.check()
-            final.parent.mkdir(exist_ok=True)
-            temporary = final.with_name(f".{final.name}{TEMPORARY}")
-            now = utc_now()
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                # The row's own time, to the nanosecond: at the next start this vouches that nobody wrote here since.
-                os.utime(file.fileno(), ns=(_nanoseconds(now),) * 2)
-                os.fsync(file.fileno())
-            return Written(temporary, final, hashlib.sha256(data).hexdigest(), now)
-
-    def commit(self, written: Sequence[Written], rows: Sequence[dict[str, Any]]) -> None:
-        """Makes a batch's pictures and rows part of the job: all of a picture's bytes first, its row last."""
-        with self._writing():
+            self._sink.publish(written)
             self._lock.check()
+            self._manifest.append(rows)
             for each in written:
-                os.replace(each.temporary, each.final)
-            for folder in {each.final.parent for each in written}:
-                fsync_directory(folder)
-            append_rows(self._manifest_path, rows)
-            for each in written:
-                stray = self._orphans.pop(each.final.name, None)
-                if stray is not None and stray != each.final:
-                    stray.unlink(missing_ok=True)
+                for stray in self._found.strays.pop(each.file_name.rpartition("/")[2], ()):
+                    if stray != each.file_name:
+                        self._sink.discard(stray)
         for row in rows:
-            self._committed[row["id"]] = _content(_settings_of_row(row))
+            images[row.id] = content(row)
 
-    def fail(self, failures: Iterable[Failure]) -> None:
-        """Appends to failures.jsonl, numbering each row's attempts."""
-        rows = []
-        for failure in failures:
-            key = failure.id, failure.line
-            self._attempts[key] = attempt = self._attempts.get(key, 0) + 1
-            rows.append({**failure.as_row(), "attempt": attempt, "run": self.run})
+    def fail(self, failures: Iterable[Failure], *, attempted: bool = True) -> None:
+        """Appends to failures.jsonl, numbering each row's attempts. Of rows that were not `attempted`, being bad in the
+        input, only what does not stand there yet."""
+        rows = [
+            self._failed.add(failure, self.run)
+            for failure in failures
+            if attempted or not self._failed.says_already(failure)
+        ]
         with self._writing():
             self._lock.check()
-            append_rows(self._failures_path, rows)
+            self._failures.append(rows)
 
-    def record_run(self, row: dict[str, Any]) -> None:
+    def record_run(self, row: Mapping[str, Any]) -> None:
         """Appends this start's row to runs.jsonl."""
         with self._writing():
             self._lock.check()
-            append_rows(self._runs_path, [{"run": self.run, **row}])
+            self._runs.append([RunRow.of({"run": self.run, **row})])
 
     def _recover(self, identity: dict[str, Any]) -> None:
-        job = self.directory / "job.json"
-        if not job.exists():
+        if read_identity(self.directory) is None:
             for name in ("images", "manifest.jsonl"):
                 if (self.directory / name).exists():
                     raise JobError(f"{self.directory}: has {name} but no job.json, so it is no job; choose another -o")
-            write_atomically(job, [json.dumps(identity, indent=2, ensure_ascii=False), "\n"])
+            write_identity(self.directory, identity)
+        for path in leftovers(self.directory):
+            path.unlink()
         # Here alone, so that a mount that vanishes is an error and not an empty directory to start afresh in.
-        (self.directory / "images").mkdir(exist_ok=True)
-        for path in (self._manifest_path, self._failures_path, self._runs_path):
-            if cut := cut_torn_line(path):
-                self._say(f"{path}: cut off {cut} bytes of a line that a crash left unfinished")
-        self.run = max(self._read_runs(), self._read_failures(), self._read_manifest()) + 1
+        self._sink.ready()
+        logs: tuple[RowLog[Any], ...] = (self._manifest, self._failures, self._runs)
+        for log in logs:
+            if cut := log.settle():
+                self._say(f"{log.path}: cut off {cut} bytes of a line that a crash left unfinished")
+        fsync_directory(self.directory)
+        self._failed = Failed()
+        runs: set[int] = set()
+        last_run = max(
+            self._take(self._runs, lambda row: runs.add(row.run)), self._take(self._failures, self._failed.take)
+        )
+        self._found = find(self._manifest, self._sink)
+        self._drop(self._manifest, self._found.dropped, self._found.told())
+        self._rows_at_start = self._found.rows
+        self.run = max(last_run, self._found.last_run) + 1
         crashed = self._lock.crashed
-        if crashed and crashed["run"] is not None:
-            self._note_crash(crashed)
+        if crashed and crashed.run is not None:
+            self._note_crash(crashed, crashed.run, known=crashed.run in runs)
         self._lock.claim(self.run)
 
-    def _read_manifest(self) -> int:
-        """Takes in each id's first row with a picture and drops all others: what then has none is redone."""
-        pictures, last_run = self._pictures(), -1
-        self._committed: dict[str, int] = {}
-        lost: dict[str, str] = {}  # id -> what is wrong with its picture
-        dropped: set[int] = set()
-        for number, row in enumerate(read_rows(self._manifest_path, *MANIFEST_KEYS)):
-            last_run = max(last_run, row["run"])
-            if row["id"] in self._committed:
+    def _take(self, log: RowLog[R], take: Callable[[R], None]) -> int:
+        """Reads a log's rows, and drops the lines that a crash left unreadable; the highest number of a run, or -1."""
+        dropped, last_run = set(), -1
+        for number, row in log.read():
+            if row is None:
                 dropped.add(number)
-                continue
-            modified = pictures.pop(row["file_name"], None)
-            if modified is None:
-                problem = "no picture"
-            elif modified != _nanoseconds(row["finished_at"]) and not self._unchanged(row):
-                problem = "picture altered"
             else:
-                self._committed[row["id"]] = _content(_settings_of_row(row))
-                lost.pop(row["id"], None)
-                continue
-            dropped.add(number)
-            lost.setdefault(row["id"], problem)
-        self._rows_at_start = len(self._committed) + len(lost)
-        self._orphans = {Path(name).name: self.directory / name for name in pictures}
-        if dropped:
-            numbered = enumerate(read_rows(self._manifest_path))
-            kept = (f"{json_text(row)}\n" for number, row in numbered if number not in dropped)
-            write_atomically(self._manifest_path, kept)
-            self._say(f"{self._manifest_path}: {self._mended(lost, len(dropped) - len(lost))}")
+                take(row)
+                last_run = max(last_run, row.append[0])
+        self._drop(log, dropped, f"removed {len(dropped)} lines that a crash left unreadable")
         return last_run
 
-    def _mended(self, lost: dict[str, str], doubled: int) -> str:
-        told = []
-        if lost:
-            shown = ", ".join(f"{id} ({problem})" for id, problem in list(lost.items())[:3])
-            told.append(f"redoing {len(lost)} rows: {shown}" + (f" and {len(lost) - 3} more" if len(lost) > 3 else ""))
-        if doubled:
-            told.append(f"removed {doubled} rows of ids that have another")
-        return "; ".join(told)
+    def _drop(self, log: RowLog[Any], lines: set[int], told: str) -> None:
+        if lines:
+            log.rewrite(lambda number, line: None if number in lines else line)
+            self._say(f"{log.path}: {told}")
 
-    def _pictures(self) -> dict[str, int]:
-        """Every file under images/ by its name in the manifest, with its time of change in nanoseconds. Temporaries,
-        which only a crash leaves behind, are removed."""
-        found = {}
-        folders = [self.directory / "images"]
-        while folders:
-            folder = folders.pop()
-            if not folder.is_dir():
-                continue
-            prefix = folder.relative_to(self.directory).as_posix()
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    if entry.is_dir():
-                        folders.append(Path(entry.path))
-                    elif entry.name.startswith(".") and entry.name.endswith(TEMPORARY):
-                        os.unlink(entry.path)
-                    else:
-                        found[f"{prefix}/{entry.name}"] = entry.stat().st_mtime_ns
-        return found
-
-    def _unchanged(self, row: dict[str, Any]) -> bool:
-        path = self.directory / row["file_name"]
-        with path.open("rb") as file:
-            same: bool = hashlib.file_digest(file, "sha256").hexdigest() == row["sha256"]
-        if same:  # copied or restored: vouch for it again
-            os.utime(path, ns=(_nanoseconds(row["finished_at"]),) * 2)
-        return same
-
-    def _read_failures(self) -> int:
-        self._attempts: dict[tuple[str | None, int], int] = {}
-        last_run = -1
-        for row in read_rows(self._failures_path, *FAILURE_KEYS):
-            self._attempts[row["id"], row["line"]] = row["attempt"]
-            last_run = max(last_run, row["run"])
-        return last_run
-
-    def _read_runs(self) -> int:
-        return max((row["run"] for row in read_rows(self._runs_path, *RUN_KEYS)), default=-1)
-
-    def _note_crash(self, owner: dict[str, Any]) -> None:
-        self._say(
-            f"{self.directory}: run {owner['run']} (pid {owner['pid']} on {owner['host']}) died; going on from there"
-        )
-        self.run = max(self.run, owner["run"] + 1)
-        known = {row["run"] for row in read_rows(self._runs_path)}
-        if owner["run"] not in known:
-            row = {"run": owner["run"], "host": owner["host"], "started_at": owner["started_at"], "exit_status": None}
-            append_rows(self._runs_path, [row])
+    def _note_crash(self, owner: Owner, run: int, known: bool) -> None:
+        self._say(f"{self.directory}: run {run} ({owner}) died; going on from there")
+        self.run = max(self.run, run + 1)
+        if not known:
+            self._runs.append([RunRow(run=run, host=owner.host, started_at=owner.started_at)])
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """Turns a failing disk into a message with what the user needs: where, why, and how much room is left."""
+        """Turns a failing disk into a message with what the user needs: where, why, and how much room is left. After
+        that, and after any other reason not to write, nothing is committed."""
         try:
             yield
+        except JobError as error:
+            self._barred = self._barred or error
+            raise
         except OSError as error:
             place = error.filename or self.directory
             try:
                 room = f"; {shutil.disk_usage(self.directory).free / 2**20:.0f} MiB free there"
             except OSError:
                 room = ""
-            raise JobError(
+            told = JobError(
                 f"{place}: cannot be written: {error.strerror}{room}. Nothing committed is lost; run again to go on"
-            ) from error
-
-
-def check_identity(directory: Path, identity: dict[str, Any]) -> None:
-    """Refuses a directory that holds another job, with every difference spelled out.
-
-    Raises:
-        JobError: the differences by option name.
-    """
-    job = directory / "job.json"
-    if not job.is_file():
-        return
-    try:
-        known = json.loads(job.read_text(encoding="utf-8"))
-        before, now = {**known["options"], "model": known["model"]}, {**identity["options"], "model": identity["model"]}
-        differences = [
-            f"--{name.replace('_', '-')} was {_show(before.get(name))}, now {_show(now.get(name))}"
-            for name in sorted(before.keys() | now.keys())
-            if _compared(before.get(name)) != _compared(now.get(name))
-        ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise JobError(f"{job}: is not a fluxcli job file; choose another -o") from error
-    if differences:
-        raise JobError(
-            f"{directory} holds a job with other settings: {'; '.join(differences)}\n"
-            "Use the same settings to go on, another -o, or --force to start over in a new directory."
-        )
-
-
-def _compared(value: Any) -> Any:
-    return (value["fingerprint"], value["revision"]) if isinstance(value, dict) else value
-
-
-def _show(value: Any) -> str:
-    if isinstance(value, dict):
-        revision = f" at {value['revision']}" if value["revision"] else ""
-        return f"{value['name']}{revision} (weights {value['fingerprint'][:8]})"
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def read_committed(directory: Path) -> dict[str, int]:
-    """Ids in a job's manifest with a hash of their settings, good for this process.
-
-    A look from outside, which mends and locks nothing.
-    """
-    return {
-        row["id"]: _content(_settings_of_row(row))
-        for row in read_rows(directory / "manifest.jsonl", *MANIFEST_KEYS, torn_ok=True)
-    }
-
-
-def read_failed(directory: Path) -> set[tuple[str | None, int]]:
-    """(id, line) of every row in a job's failures.jsonl, seen from outside."""
-    return {(row["id"], row["line"]) for row in read_rows(directory / "failures.jsonl", *FAILURE_KEYS, torn_ok=True)}
-
-
-def committed_status(committed: dict[str, int]) -> Callable[[PromptRecord], str | None]:
-    """`JobStore.status` over any such hashes."""
-
-    def status(record: PromptRecord) -> str | None:
-        content = committed.get(record.id)
-        if content is None:
-            return None
-        if content != _content(_settings_of_record(record)):
-            raise RowError(
-                f"id {record.id} is committed with another prompt or other settings; give the changed row a new id",
-                kind="changed_row",
-                id=record.id,
             )
-        return "done"
-
-    return status
-
-
-def record_settings(record: PromptRecord) -> dict[str, Any]:
-    """The settings of one image, in manifest order: what its pixels depend on besides the job."""
-    return {name: getattr(record, name) for name in _SETTINGS}
+            self._barred = self._barred or told
+            raise told from error
 
 
-def _content(settings: tuple[Any, ...]) -> int:
-    """A hash, good for this process. Not of the values themselves: Python's is the same for -1 and -2."""
-    return hash(repr(settings))
-
-
-@lru_cache(maxsize=1024)  # a batch's rows share a few stamps
-def _nanoseconds(stamp: str) -> int:
-    moment = datetime.fromisoformat(stamp)
-    return int(moment.replace(microsecond=0).timestamp()) * 10**9 + moment.microsecond * 1000
+def leftovers(directory: Path) -> list[Path]:
+    """What killed processes left in DIR: files that were to become one of the job's."""
+    with os.scandir(directory) as entries:
+        return [
+            directory / entry.name
+            for entry in entries
+            if _TEMPORARY(entry.name) and not entry.is_dir(follow_symlinks=False)
+        ]

@@ -7,15 +7,14 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from fluxcli.core.config import ImageFormat
 from fluxcli.core.errors import FluxcliError, first_line
 from fluxcli.core.records import Batch, Failure, Pictures, PromptRecord, Timing
 from fluxcli.job.output import images
-from fluxcli.job.output.store import Written, record_settings
+from fluxcli.job.output.rows import ManifestRow
+from fluxcli.job.output.sink import Written
 from fluxcli.job.run.progress import Progress
 from fluxcli.job.run.totals import Run
 
@@ -71,8 +70,8 @@ class Saver:
         while len(self._commits) > _COMMITS_AHEAD:
             self._commits.popleft().result()
 
-    def fail(self, failures: Sequence[Failure]) -> None:
-        """Writes failed rows down.
+    def fail(self, failures: Sequence[Failure], *, attempted: bool = True) -> None:
+        """Writes failed rows down; those that were not `attempted`, and are bad just as before, no second time.
 
         Raises:
             TooManyFailures: more than `max_failures` by now.
@@ -81,7 +80,7 @@ class Saver:
             return
         totals, store = self._run.totals, self._run.store
         with self._failing:  # rows fail in the loop, in the plan and at the commit
-            store.fail(failures)
+            store.fail(failures, attempted=attempted)
             totals.failures += len(failures)
         self._progress.advance(0, failed=len(failures))
         if self._max_failures is not None and totals.failures > self._max_failures:
@@ -91,12 +90,12 @@ class Saver:
                 f"(line {first.line}: {first.message}); see failures.jsonl in {store.directory}"
             )
 
-    def _place(self, record: PromptRecord) -> Path:
+    def _place(self, record: PromptRecord) -> str:
         path = self._run.store.place(record.id, self._placed)
         self._placed += 1
         return path
 
-    def _save(self, record: PromptRecord, pictures: Pictures, slot: int, place: Path) -> "_Saved | Failure":
+    def _save(self, record: PromptRecord, pictures: Pictures, slot: int, place: str) -> "_Saved | Failure":
         if not pictures.finite[slot]:
             return Failure(record.id, record.line, "non_finite", "the model's output is not finite for this row")
         start = time.perf_counter()
@@ -127,26 +126,28 @@ class Saver:
         self._progress.advance(len(rows))
         self.fail(failures)
 
-    def _row(self, record: PromptRecord, saved: Written, batch: Batch, slot: int, timing: Timing) -> dict[str, Any]:
-        settings = record_settings(record)
-        row = {
-            "id": record.id,
-            "prompt": settings.pop("prompt"),
-            "file_name": saved.final.relative_to(self._run.store.directory).as_posix(),
-            "sha256": saved.sha256,
-            **settings,
-            "text_tokens": record.text_tokens,
-            "text_length": record.text_length,
-            "truncated": record.truncated,
-            "batch": {"index": batch.index, "size": len(batch.records), "slot": slot},
-            "timing": timing.as_row(),
-            "run": self._run.store.run,
-            "finished_at": saved.finished_at,
-            "meta": record.meta,
-        }
-        if images.comment_truncated(self._format, record, self._model):
-            row["comment_truncated"] = True
-        return row
+    def _row(self, record: PromptRecord, saved: Written, batch: Batch, slot: int, timing: Timing) -> ManifestRow:
+        cut = images.comment_truncated(self._format, record, self._model)
+        return ManifestRow(
+            id=record.id,
+            prompt=record.prompt,
+            file_name=saved.file_name,
+            sha256=saved.sha256,
+            seed=record.seed,
+            width=record.width,
+            height=record.height,
+            num_inference_steps=record.num_inference_steps,
+            guidance_scale=record.guidance_scale,
+            text_tokens=record.text_tokens,
+            text_length=record.text_length,
+            truncated=record.truncated,
+            batch={"index": batch.index, "size": len(batch.records), "slot": slot},
+            timing=timing.as_row(),
+            run=self._run.store.run,
+            finished_at=saved.finished_at,
+            meta=record.meta,
+            extra={"comment_truncated": True} if cut else {},
+        )
 
 
 _Saved = tuple[Written, float]  # an image, and the seconds it took to save

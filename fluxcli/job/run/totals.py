@@ -8,7 +8,7 @@ from typing import Any
 
 from fluxcli import __version__
 from fluxcli.core.records import ShapeKey, Timing
-from fluxcli.job.output.lock import utc_now
+from fluxcli.job.output.sink import utc_now
 from fluxcli.job.output.store import JobStore
 
 

@@ -1,6 +1,8 @@
 """A job's directory: whose it is, what is committed, and what a start finds and mends."""
 
+import errno
 import hashlib
+import io
 import json
 import os
 import re
@@ -15,11 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from fluxcli.core.errors import JobError, RowError
 from fluxcli.core.records import Failure, PromptRecord
-from fluxcli.job.output import store as store_module
-from fluxcli.job.output.store import JobStore, record_settings
+from fluxcli.job.output import sink
+from fluxcli.job.output.committed import committed_status, content, record_settings
+from fluxcli.job.output.rows import ManifestRow
+from fluxcli.job.output.sink import Written
+from fluxcli.job.output.store import JobStore
 from tests.conftest import read_rows
 
 OPTIONS = {"dtype": "float32", "text_lengths": [64, 512], "steps": 4, "guidance": 3.5, "seed": 0, "format": "png"}
@@ -34,20 +40,20 @@ def record(id: str, prompt: str = "a bench") -> PromptRecord:
     return PromptRecord(id, prompt, 7, 64, 64, 4, 3.5, 1)
 
 
+def row_of(store: JobStore, written: Written, record: PromptRecord) -> ManifestRow:
+    return ManifestRow(
+        file_name=written.file_name,
+        sha256=written.sha256,
+        run=store.run,
+        finished_at=written.finished_at,
+        **record_settings(record),
+        id=record.id,
+    )
+
+
 def commit(store: JobStore, ids: Sequence[str], first: int = 0) -> None:
     written = [store.write(store.place(id, first + n), f"picture {id}".encode()) for n, id in enumerate(ids)]
-    rows = [
-        {
-            "id": id,
-            "file_name": each.final.relative_to(store.directory).as_posix(),
-            "sha256": each.sha256,
-            **record_settings(record(id)),
-            "run": store.run,
-            "finished_at": each.finished_at,
-        }
-        for id, each in zip(ids, written, strict=True)
-    ]
-    store.commit(written, rows)
+    store.commit(written, [row_of(store, each, record(id)) for id, each in zip(ids, written, strict=True)])
 
 
 @pytest.fixture
@@ -186,7 +192,7 @@ def test_the_row_with_a_picture_outlives_its_double_without(reopen) -> None:
     commit(store, ["a", "b"])
     manifest = store.directory / "manifest.jsonl"
     rows = manifest.read_text().splitlines(keepends=True)
-    manifest.write_text(rows[0].replace("images/a.png", "images/gone.png") + "".join(rows))
+    manifest.write_text(rows[0].replace("images/a.png", "images/0001/a.png") + "".join(rows))
     assert reopen().images == 2
     assert manifest.read_text() == "".join(rows)
 
@@ -216,14 +222,14 @@ def test_a_committed_id_with_another_prompt_is_a_row_error(reopen) -> None:
 )
 def test_every_change_is_seen_even_where_pythons_hash_is_blind(before: dict[str, Any], after: dict[str, Any]) -> None:
     committed = replace(record("a"), **before)
-    status = store_module.committed_status({"a": store_module._content(store_module._settings_of_record(committed))})
+    status = committed_status({"a": content(committed)})
     assert status(committed) == "done"
     with pytest.raises(RowError, match="another prompt or other settings"):
         status(replace(committed, **after))
 
 
 def test_files_lie_at_most_so_many_to_a_directory(reopen, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module, "FILES_PER_DIRECTORY", 3)
+    monkeypatch.setattr(sink, "FILES_PER_DIRECTORY", 3)
     store = reopen()
     commit(store, ["a", "b", "c", "d"])
     store = reopen()
@@ -241,8 +247,253 @@ def test_files_lie_at_most_so_many_to_a_directory(reopen, monkeypatch: pytest.Mo
 
 def test_ten_thousand_is_the_number_of_files_to_a_directory(reopen) -> None:
     store = reopen()
-    assert store.place("last", 9_999).parent == store.directory / "images"
-    assert store.place("next", 10_000).parent != store.directory / "images"
+    assert store.place("last", 9_999) == "images/last.png"
+    assert store.place("next", 10_000) == "images/0001/next.png"
+
+
+def test_an_id_is_committed_once(reopen) -> None:
+    store = reopen()
+    commit(store, ["a"])
+    before = (store.directory / "manifest.jsonl").read_bytes()
+    for ids in (["b", "a"], ["c", "c"]):
+        with pytest.raises(JobError, match=r"id [ac] is committed already"):
+            commit(store, ids, first=1)
+        assert (store.directory / "manifest.jsonl").read_bytes() == before
+        assert files(store.directory / "images") >= {"a.png"} and not (store.directory / "images" / "b.png").exists()
+
+
+@pytest.mark.parametrize("call", ["write", "fsync"])
+def test_the_first_write_that_fails_ends_all_commits(reopen, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that is full for one moment: what was told stays, whole, and nothing is glued to a torn half."""
+    store = reopen()
+    commit(store, ["a"])
+    manifest = store.directory / "manifest.jsonl"
+    before, real, failed = manifest.read_bytes(), getattr(os, call), False
+
+    def full(descriptor: int, *data: bytes) -> int:
+        nonlocal failed
+        if not failed and os.readlink(f"/proc/self/fd/{descriptor}") == str(manifest):
+            failed = True
+            if data:
+                real(descriptor, data[0][:30])
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(manifest))
+        return real(descriptor, *data)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, call, full)
+        with pytest.raises(JobError, match=r"manifest\.jsonl: cannot be written") as first:
+            commit(store, ["b"], first=1)
+    assert failed
+    for _ in range(2):
+        with pytest.raises(JobError) as later:
+            commit(store, ["c"], first=2)
+        assert str(later.value) == str(first.value)
+    assert manifest.read_bytes() == before
+    store.record_run({"exit_status": 1})  # that much can still be told
+    store = reopen()
+    assert [store.status(record(id)) for id in "abc"] == ["done", None, None]
+
+
+def test_rows_behind_a_crashs_zeros_stay_and_what_lacks_a_row_is_redone(reopen, said: list[str]) -> None:
+    store = reopen()
+    commit(store, ["a", "b"])
+    commit(store, ["c", "d", "e"], first=2)
+    manifest = store.directory / "manifest.jsonl"
+    lines = manifest.read_bytes().splitlines(keepends=True)
+    manifest.write_bytes(b"".join(lines[:2]) + bytes(100) + lines[2][100:] + b"".join(lines[3:]))
+    store = reopen()
+    assert [store.status(record(id)) for id in "abcde"] == ["done", "done", None, "done", "done"]
+    assert said == [f"{manifest}: removed 1 lines that a crash left unreadable"]
+    commit(store, ["c"], first=5)
+    assert [row["id"] for row in read_rows(manifest)] == ["a", "b", "d", "e", "c"]
+    assert [path.name for path in store.directory.rglob("c.png")] == ["c.png"], "the image without a row went"
+
+
+def test_a_whole_last_row_without_its_line_end_is_kept(reopen, said: list[str]) -> None:
+    store = reopen()
+    commit(store, ["a", "b"])
+    manifest = store.directory / "manifest.jsonl"
+    before = manifest.read_bytes()
+    manifest.write_bytes(before.rstrip(b"\n"))  # as editors leave it
+    store = reopen()
+    assert store.images == 2 and said == [] and manifest.read_bytes() == before
+
+
+@pytest.mark.parametrize("line", ['{"id": "a"}', "[1]", "garbage", '{"run": "0"}'])
+@pytest.mark.parametrize("name", ["manifest.jsonl", "failures.jsonl", "runs.jsonl"])
+def test_a_foreign_line_is_refused_with_file_line_and_what_is_wrong(reopen, name: str, line: str) -> None:
+    store = reopen()
+    commit(store, ["a"])
+    store.fail([Failure("b", 2, "t", "m")])
+    store.record_run({"exit_status": 0})
+    path = store.directory / name
+    path.write_text(path.read_text() + line + "\n")
+    number = len(path.read_text().splitlines())
+    with pytest.raises(
+        JobError, match=rf"{name}, line {number}: (is|has|must|run must) .*; run fluxcli verify --repair"
+    ):
+        reopen()
+
+
+def test_rows_in_another_form_are_the_same_rows(reopen) -> None:
+    """As other programs write JSON: no blanks, keys in another order, escapes, whole numbers for floats."""
+    store = reopen()
+    commit(store, ["a", "b"])
+    manifest = store.directory / "manifest.jsonl"
+    rows = [dict(reversed(row.items())) for row in read_rows(manifest)]
+    manifest.write_text("".join(json.dumps(row, separators=(",", ":")) + "\r\n" for row in rows))
+    store = reopen()
+    assert [store.status(record(id)) for id in "ab"] == ["done", "done"]
+
+
+def test_prompts_are_told_apart_whatever_stands_in_them(reopen) -> None:
+    prompts = ['"', "\\", "\\u0022", "é", "\u202e", "a\tb", "\x9b31m", '", "file_name": "images/x.png"']
+    records = [replace(record(f"r{n}"), prompt=prompt, guidance_scale=None) for n, prompt in enumerate(prompts)]
+    store = reopen()
+    written = [store.write(store.place(each.id, n), b"x") for n, each in enumerate(records)]
+    rows = [row_of(store, each, one) for each, one in zip(written, records, strict=True)]
+    full = {"text_tokens": 1, "text_length": 64, "truncated": False, "batch": {"index": 0}, "timing": {}, "meta": {}}
+    store.commit(written, [replace(row, **full) for row in rows])
+    store = reopen()
+    assert [store.status(each) for each in records] == ["done"] * len(records)
+    with pytest.raises(RowError, match="another prompt"):
+        store.status(replace(records[1], prompt="\\\\"))
+
+
+# What is there must not be harmed
+
+
+def image(color: str, **options: Any) -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (64, 64), color).save(out, **options)
+    return out.getvalue()
+
+
+def commit_image(store: JobStore, id: str, data: bytes, first: int = 0) -> Path:
+    written = store.write(store.place(id, first), data)
+    store.commit([written], [row_of(store, written, record(id))])
+    return store.directory / written.file_name
+
+
+@pytest.mark.parametrize("format", ["png", "jpeg", "webp"])
+def test_an_image_that_somebody_optimised_is_not_overwritten(reopen, format: str) -> None:
+    store = reopen()
+    paths = [commit_image(store, id, image("red", format=format), first=n) for n, id in enumerate("abcde")]
+    manifest = (store.directory / "manifest.jsonl").read_bytes()
+    other = image("blue", format=format)
+    paths[1].write_bytes(other)
+    with pytest.raises(JobError, match=r"images/b\.png: changed since .*still images.*overwritten") as error:
+        reopen()
+    assert "verify --repair" in str(error.value) and len(str(error.value).splitlines()) == 2
+    assert paths[1].read_bytes() == other and (store.directory / "manifest.jsonl").read_bytes() == manifest
+    paths[1].write_bytes(image("red", format=format))  # put back
+    assert reopen().images == 5
+
+
+@pytest.mark.parametrize("harm", ["empty", "cut", "a byte", "the last byte", "something else"])
+@pytest.mark.parametrize("format", ["png", "jpeg", "webp"])
+def test_what_is_no_whole_image_any_more_is_redone(reopen, said: list[str], format: str, harm: str) -> None:
+    store = reopen()
+    data = image("red", format=format)
+    path = commit_image(store, "a", data)
+    if harm == "a byte" and format != "png":
+        pytest.skip("only PNG has check sums")
+    harmed = {
+        "empty": b"",
+        "cut": data[: len(data) * 2 // 3],
+        "a byte": data[:60] + bytes([data[60] ^ 1]) + data[61:],
+        "the last byte": data[:-1] + b"x" if format != "webp" else data[:-1],
+        "something else": b"GIF89a" + data,
+    }
+    path.write_bytes(harmed[harm])
+    store = reopen()
+    assert store.status(record("a")) is None
+    assert "redoing 1 rows: a (image altered)" in said[-1]
+
+
+def test_a_link_inside_images_is_followed_nowhere(reopen, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    (home / "sub").mkdir(parents=True)
+    for name in (".a.png.tmp", ".precious.tmp", "sub/.b.png.tmp", "a.png"):
+        (home / name).write_bytes(b"precious")
+    store = reopen()
+    path = commit_image(store, "a", image("red", format="png"))
+    before = files(home)
+    (store.directory / "images" / "x").symlink_to(home)
+    (store.directory / "images" / "0001").symlink_to(home)
+    (store.directory / "images" / ".t.png.01234567.tmp").symlink_to(home / "a.png")
+    path.unlink()
+    path.symlink_to(home / "a.png")
+    store = reopen()
+    assert store.status(record("a")) is None, "a link is no image"
+    commit_image(store, "a", image("blue", format="png"))
+    assert files(home) == before and all((home / name).read_bytes() == b"precious" for name in before)
+    assert not path.is_symlink()
+
+
+def test_images_may_lie_on_another_disk(reopen, tmp_path: Path) -> None:
+    store = reopen()
+    commit(store, ["a"])
+    store.close()
+    (store.directory / "images").rename(tmp_path / "disk")
+    (store.directory / "images").symlink_to(tmp_path / "disk")
+    store = reopen()
+    assert store.images == 1
+    commit(store, ["b"], first=1)
+    assert files(tmp_path / "disk") == {"a.png", "b.png"}
+
+
+@pytest.mark.parametrize("name", ["manifest.jsonl", "failures.jsonl", "runs.jsonl", "job.json", ".lock"])
+def test_a_file_of_the_job_that_is_a_link_is_refused(reopen, name: str, tmp_path: Path) -> None:
+    store = reopen()
+    commit(store, ["a"])
+    store.close()
+    precious = tmp_path / "thesis.txt"
+    precious.write_bytes(b"no end of line")
+    (store.directory / name).unlink(missing_ok=True)
+    (store.directory / name).symlink_to(precious)
+    with pytest.raises(JobError, match=rf"{name}: is a link"):
+        reopen()
+    assert precious.read_bytes() == b"no end of line"
+
+
+def test_a_directory_in_an_images_place_is_told_before_anything_is_made(reopen) -> None:
+    store = reopen()
+    path = commit_image(store, "a", image("red", format="png"))
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(JobError, match=r"images/a\.png: is a directory in an image's place"):
+        reopen()
+
+
+def test_what_killed_processes_left_in_the_directory_is_cleared(reopen) -> None:
+    store = reopen()
+    commit(store, ["a"])
+    store.close()
+    left = [".runs.jsonl.tmp", ".manifest.jsonl.0123abcd.tmp", ".job.json.tmp", ".lock-4711.tmp"]
+    mine = [".notes.tmp", "manifest.jsonl.tmp"]
+    for name in left + mine:
+        (store.directory / name).write_bytes(b"half")
+    reopen()
+    assert not [name for name in left if (store.directory / name).exists()]
+    assert all((store.directory / name).exists() for name in mine)
+
+
+@pytest.mark.parametrize("made", ["the images' directory", "the job's directory"])
+def test_names_of_directories_are_on_disk_before_a_row_is(
+    reopen, made: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced, real = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(Path(os.readlink(f"/proc/self/fd/{fd}"))), real(fd)))
+    store = reopen()
+    if made == "the job's directory":
+        assert {tmp_path, store.directory} <= set(synced)
+        return
+    synced.clear()
+    commit(store, ["a"], first=10_000)
+    manifest = synced.index(store.directory / "manifest.jsonl")
+    assert store.directory / "images" in synced[:manifest]
+    assert store.directory / "images" / "0001" in synced[:manifest]
 
 
 # Identity
@@ -336,6 +587,37 @@ def test_a_failure_is_remembered(reopen) -> None:
     assert store.failed_before(None, 5)
     assert not store.failed_before("b", 4)
     assert not store.failed_before(None, 6)
+
+
+def test_a_row_that_is_bad_as_before_is_not_written_down_again(reopen) -> None:
+    store = reopen()
+    bad = [Failure("a", 3, "invalid_row", "wrong"), Failure(None, 5, "invalid_row", "worse")]
+    store.fail(bad, attempted=False)
+    before = (store.directory / "failures.jsonl").read_bytes()
+    store = reopen()
+    store.fail(bad, attempted=False)
+    assert (store.directory / "failures.jsonl").read_bytes() == before
+    store.fail(
+        [Failure("a", 3, "invalid_row", "wrong otherwise"), Failure(None, 6, "invalid_row", "worse")], attempted=False
+    )
+    rows = read_rows(store.directory / "failures.jsonl")[2:]
+    assert [(row["id"], row["line"], row["attempt"]) for row in rows] == [("a", 3, 2), (None, 6, 1)]
+
+
+def test_a_failed_row_is_known_by_its_own_id_wherever_it_moved(reopen) -> None:
+    store = reopen()
+    store.fail([Failure("own", 2, "invalid_row", "m"), Failure("000001", 2, "engine_error", "m")])
+    store.fail([Failure("x", 4, "invalid_row", "id x is already used by an earlier row")])
+    store.fail([Failure("y", 5, "changed_row", "id y is committed with another prompt")])
+    store.fail([Failure("000000391895", 6, "engine_error", "m")])  # a data set's own number
+    store = reopen()
+    assert store.failed_before("own", 3) and store.failed_before("000000391895", 7)
+    assert store.failed_before("000001", 2)
+    assert not store.failed_before("000001", 3), "the default id is the row's number: that is another row now"
+    assert store.failed_before("x", 4) and not store.failed_before("x", 1), "the first row of the id did not fail"
+    assert not store.failed_before("y", 1)
+    store.fail([Failure("own", 3, "invalid_row", "m")])
+    assert read_rows(store.directory / "failures.jsonl")[-1]["attempt"] == 2
 
 
 def test_runs_are_numbered_from_zero(reopen) -> None:

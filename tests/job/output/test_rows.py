@@ -1,0 +1,126 @@
+"""Rows of a job's files: one strict reader, one writer, and nothing of an unknown key lost between them."""
+
+import json
+from typing import Any
+
+import pytest
+
+from fluxcli.job.output import rows
+from fluxcli.job.output.rows import BadRow, FailureRow, ManifestRow, Row, RunRow
+
+MANIFEST: dict[str, Any] = {
+    "id": "a-1",
+    "prompt": 'a "quoted" café',
+    "file_name": "images/0001/a-1.png",
+    "sha256": "0" * 64,
+    "seed": 2**64 - 1,
+    "width": 1024,
+    "height": 64,
+    "num_inference_steps": 28,
+    "guidance_scale": None,
+    "text_tokens": 17,
+    "text_length": 64,
+    "truncated": False,
+    "batch": {"index": 3, "size": 16, "slot": 5},
+    "timing": {"total_s": 3.13},
+    "run": 0,
+    "finished_at": "2026-01-01T00:00:00.000Z",
+    "meta": {},
+}
+FAILURE: dict[str, Any] = {
+    "id": None,
+    "line": 9,
+    "error": {"type": "invalid_row", "message": "no"},
+    "attempt": 1,
+    "run": 0,
+}
+RUN: dict[str, Any] = {"run": 0, "host": "h", "planned": 4, "images": 4, "exit_status": None}
+KINDS: list[tuple[type[Row], dict[str, Any]]] = [(ManifestRow, MANIFEST), (FailureRow, FAILURE), (RunRow, RUN)]
+
+
+def line(values: dict[str, Any]) -> bytes:
+    return json.dumps(values, ensure_ascii=False).encode() + b"\n"
+
+
+@pytest.mark.parametrize(("kind", "values"), KINDS)
+def test_what_is_read_is_written_byte_for_byte_unknown_keys_too(kind: type[Row], values: dict[str, Any]) -> None:
+    for told in (values, {**values, "worker": 3, "later": {"deep": [1]}}):
+        assert rows.write(rows.read(kind, line(told))) == line(told)
+
+
+def test_a_lacking_value_is_not_written_as_null() -> None:
+    short = {key: value for key, value in MANIFEST.items() if key not in ("batch", "timing", "meta", "truncated")}
+    assert rows.write(rows.read(ManifestRow, line(short))) == line(short)
+
+
+WRONG = [
+    (ManifestRow, "id", [None, 5, [], {}, True, "", ".hidden", "a/b", "a b", "x" * 200]),
+    (ManifestRow, "prompt", [None, 5, ["a"], "\ud800"]),
+    (ManifestRow, "sha256", [None, "x", "0" * 63, 0]),
+    (ManifestRow, "seed", [None, -1, 2**64, 1.5, True, "7", 10**300]),
+    (ManifestRow, "width", [None, 0, -64, 2**40, "64"]),
+    (ManifestRow, "guidance_scale", ["3.5", True, []]),
+    (ManifestRow, "run", [None, -1, 1.5, "0", True]),
+    (ManifestRow, "finished_at", [None, 1767225600000, "", "yesterday", "2026-01-01", "9999-01-01T00:00:00Z"]),
+    (ManifestRow, "meta", [5, "x", []]),
+    (FailureRow, "id", [5, [], {}, True]),
+    (FailureRow, "line", [None, "x", 1.5, -1]),
+    (FailureRow, "error", [None, "x", {}, {"type": 1, "message": "x"}]),
+    (FailureRow, "attempt", [None, 0, "1"]),
+    (RunRow, "run", [None, "0", [], -1, 1.5]),
+    (RunRow, "planned", ["x", -1, 1.5]),
+    (RunRow, "exit_status", ["0", 1.5]),
+]
+
+
+@pytest.mark.parametrize(("kind", "key", "values"), WRONG, ids=lambda value: value if isinstance(value, str) else "")
+def test_a_wrong_value_is_named(kind: type[Row], key: str, values: list[Any]) -> None:
+    good = dict(KINDS)[kind]
+    for value in values:
+        with pytest.raises(BadRow, match=rf"^{key} must be .*, not ") as error:
+            rows.read(kind, json.dumps({**good, key: value}).encode())
+        assert str(error.value).isprintable() and len(str(error.value)) < 200
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "images/../../home/thesis.txt", "/dev/zero", "../a-1.png", "images/a-1.txt", "images/b.png", "images/x/a-1.png",
+        "images/0001/../a-1.png", "images//a-1.png", "images/a-1.png/", "images/1/a-1.png", "images/a-1.png\n", "",
+        None,
+    ],
+)  # fmt: skip
+def test_an_image_lies_nowhere_but_under_images_by_its_own_id(name: Any) -> None:
+    with pytest.raises(BadRow, match="file_name must be"):
+        rows.read(ManifestRow, json.dumps({**MANIFEST, "file_name": name}).encode())
+
+
+@pytest.mark.parametrize("good", ["images/a-1.png", "images/0001/a-1.webp", "images/12345/a-1.jpg"])
+def test_the_names_that_jobs_give(good: str) -> None:
+    assert rows.read(ManifestRow, line({**MANIFEST, "file_name": good})).file_name == good
+
+
+@pytest.mark.parametrize(
+    ("data", "wrong"),
+    [
+        (b"[1, 2]", "must be a JSON object, not a list of 2"),
+        (b"null", "must be a JSON object"),
+        (b"\x1b[31m", "is not JSON"),
+        (b"\xff", "is not UTF-8"),
+        (b'{"run": NaN}', "NaN is no JSON number"),
+        (b'{"run": ' + b"1" * 5000 + b"}", "is not JSON"),
+        (b"[" * 10**6 + b"]" * 10**6, "is nested too deeply"),
+        (b'{"run": 0, "x": ' + b"[" * 10**6 + b"]" * 10**6 + b"}", "is nested too deeply"),
+        (b"{}", "has no run"),
+        (b"\0\0\0", "is not JSON"),
+    ],
+)
+def test_what_is_no_row_at_all(data: bytes, wrong: str) -> None:
+    with pytest.raises(BadRow, match=wrong):
+        rows.read(RunRow, data)
+
+
+def test_a_line_has_a_longest_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "LONGEST_LINE", 100)
+    with pytest.raises(BadRow, match="is longer than"):
+        rows.read(RunRow, line({"run": 0, "x": "y" * 100}))
