@@ -14,7 +14,7 @@ from fluxcli.bench.inputs import Inputs
 from fluxcli.bench.machine import clocks, machine
 from fluxcli.bench.parity import parity
 from fluxcli.core.config import EngineConfig
-from fluxcli.core.errors import FluxcliError
+from fluxcli.core.errors import FluxcliError, first_line
 from fluxcli.core.records import Batch, Pictures, PromptRecord, ShapeKey
 from fluxcli.engine.engine import Engine
 from fluxcli.engine.flight import InFlight
@@ -93,7 +93,7 @@ class Bench:
         try:
             return cold.starts(self.checkpoint, self.engine, keys)
         except (FluxcliError, BrokenProcessPool) as error:
-            return {"error": _reason(error)}
+            return {"error": first_line(error)}
 
     def _parity(self, engine: Engine, smallest: ShapeKey, say: Say) -> dict[str, Any]:
         key = smallest._replace(batch_size=1)
@@ -101,7 +101,7 @@ class Bench:
         try:
             return parity(engine, self.checkpoint.transformer, key)
         except (FluxcliError, torch.OutOfMemoryError) as error:
-            return {**key._asdict(), "error": _reason(error)}
+            return {**key._asdict(), "error": first_line(error)}
 
     def _shape(
         self,
@@ -119,7 +119,7 @@ class Bench:
             row["warm_up"] |= _start_seconds(key, starts)
             row |= self._step(engine, key, contestants)
         except (FluxcliError, torch.OutOfMemoryError) as error:
-            row["error"] = _reason(error)
+            row["error"] = first_line(error)
         if engine.config.device.startswith("cuda"):
             torch.cuda.empty_cache()  # the peers' memory, before the next shape needs it
         return row
@@ -184,7 +184,7 @@ class Bench:
                 run()
                 runs[name] = run
             except (torch.OutOfMemoryError, torch._dynamo.exc.TorchDynamoException) as error:
-                measured[name] = {"error": _reason(error)}
+                measured[name] = {"error": first_line(error)}
         times = stopwatch.interleaved(runs, device, _GPU_TURN_S if device.startswith("cuda") else _TURN_S)
         ms = {name: stopwatch.milliseconds(each) for name, each in times.items()}
         floor_ms = ms[_PRODUCTS] + ms[_ATTENTION]
@@ -252,7 +252,3 @@ def _save_s(pictures: Pictures, records: Sequence[PromptRecord], save: Save) -> 
         save(pixels, record)
         times.append(time.perf_counter() - start)
     return median(times)
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

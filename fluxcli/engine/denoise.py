@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fluxcli.core.errors import ModelError
+from fluxcli.core.errors import ModelError, first_line
 from fluxcli.models.configs import scheduler_config
 
 StepFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (img, txt, mod, dt) -> img
@@ -81,7 +81,7 @@ class Schedule:
         try:
             yield
         except (ArithmeticError, ImportError, LookupError, TypeError, ValueError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             raise ModelError(f"{self._source}: makes no schedule: {reason}") from error
 
 

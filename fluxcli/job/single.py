@@ -1,13 +1,12 @@
 """`fluxcli gen`: one prompt, a few images, plain files; no job directory."""
 
-import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fluxcli.core.config import ImageFormat, RowDefaults
 from fluxcli.core.errors import JobError, UsageError, first_line
-from fluxcli.core.files import TEMPORARY, fsync_directory
+from fluxcli.core.files import replacing
 from fluxcli.core.records import Batch, Failure, Pictures, PromptRecord, ShapeKey
 from fluxcli.job.input.intake import OneRow, take_in
 from fluxcli.job.output import images
@@ -107,18 +106,12 @@ def _write(data: bytes, output: Path, record: PromptRecord, format: ImageFormat)
     """Takes a free name, then puts the whole image there at once. Leaves nothing where that fails."""
     try:
         path = _reserve(output, record, format)
-        temporary = path.with_name(f".{path.name}{TEMPORARY}")
         try:
-            with temporary.open("wb") as file:
+            with replacing(path) as file:
                 file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
         except BaseException:
-            for left in (temporary, path):
-                left.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
             raise
-        fsync_directory(path.parent)
     except OSError as error:
         raise JobError(f"-o {output}: cannot be written: {error.strerror}") from error
     return path

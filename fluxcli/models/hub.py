@@ -8,7 +8,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from fluxcli.core.errors import ModelError
+from fluxcli.core.errors import ModelError, first_line
 from fluxcli.core.family import Family
 from fluxcli.models.directory import INDEX, VOCABULARIES, check, check_configs, check_index, what_instead
 from fluxcli.models.files import MissingError, read_json, shown
@@ -156,12 +156,8 @@ def _faults(name: str, revision: str | None) -> Iterator[None]:
         raise ModelError(f"--model {name}: not in the local cache, and {why}") from error
     except (HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # the disk's, not the network's
-            raise ModelError(f"--model {name}: the hub's cache: {shown(_first_line(error))}") from error
+            raise ModelError(f"--model {name}: the hub's cache: {shown(first_line(error))}") from error
         raise ModelError(
             f"--model {name}: not in the local cache, and the hub cannot be reached; "
             "check the network, HF_HUB_OFFLINE and HF_HOME (there is no directory of that name either)"
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxcli.core.config import MAX_TEXT_LENGTH
-from fluxcli.core.errors import ModelError
+from fluxcli.core.errors import ModelError, first_line
 from fluxcli.core.family import Family
 from fluxcli.models.directory import INDEX, SPIECE, check_vocabulary, class_of
 from fluxcli.models.files import MOST_JSON, MOST_VOCABULARY, parse_json, read_bytes, read_json, shown
@@ -108,7 +108,7 @@ def _load(directory: Path, part: str, family: Family) -> Any:
         except Exception as error:  # tokenizers, which is Rust, raises the bare class
             if vocabulary == SPIECE:  # transformers goes on to guess at other formats
                 raise ModelError(f"{folder}: spiece.model cannot be read") from error
-            why = (str(error).strip() or type(error).__name__).splitlines()[0]
+            why = first_line(error)
             raise ModelError(f"{folder}: the tokenizer cannot be loaded: {shown(why)}") from error
 
 

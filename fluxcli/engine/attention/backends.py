@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fluxcli.core.config import ATTENTION
-from fluxcli.core.errors import DeviceError, Remark
+from fluxcli.core.errors import DeviceError, Remark, first_line
 from fluxcli.engine.runtime.compile_cache import share_cute_caches, version
 from fluxcli.engine.runtime.tuner import FAULTS, Tuner
 
@@ -109,7 +109,7 @@ class Attention:
         except Exception as error:
             raise DeviceError(
                 f"--attention {self._backend}: cannot run {heads} heads of {head_dim} over {tokens} tokens here: "
-                f"{str(error).strip().partition(chr(10))[0]}; use --attention auto"
+                f"{first_line(error)}; use --attention auto"
             ) from error
 
     def _problem(self, qkv: Tensor) -> str:
@@ -149,8 +149,7 @@ def _ways(backend: str, device: str, dtype: torch.dtype) -> dict[str, Attend]:
         function = importlib.import_module(module).flash_attn_func
         tiles = _fa4_tiles(device) if backend == "fa4" else {}
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
-        raise _Missing(f"its package cannot be imported ({reason})", version(package) is not None) from error
+        raise _Missing(f"its package cannot be imported ({first_line(error)})", version(package) is not None) from error
     return tiles or {backend: partial(_flash, function)}
 
 

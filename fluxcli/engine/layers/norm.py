@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 NORM_EPS = 1e-6  # of every LayerNorm and RMSNorm in FLUX.1
+HALF_MAX = 65504.0  # the largest float16; the residual stream of FLUX leaves it now and then, and is clipped
 
 
 class Modulation(NamedTuple):
@@ -33,13 +34,10 @@ def add_and_modulate(
     if x.is_cuda:
         from fluxcli.engine.layers import norm_triton
 
-        return norm_triton.add_and_modulate(x, gate, update, shift, scale)
+        return norm_triton.add_and_modulate(x, gate, update, shift, scale, NORM_EPS, HALF_MAX)
     if gate is not None and update is not None:
         x = gated_sum(x, gate, update)
     return x, F.layer_norm(x, x.shape[-1:], eps=NORM_EPS) * (1 + scale[:, None]) + shift[:, None]
-
-
-HALF_MAX = 65504.0  # the largest float16; the residual stream of FLUX leaves it now and then, and is clipped
 
 
 def gated_sum(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:

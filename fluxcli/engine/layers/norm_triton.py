@@ -6,8 +6,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxcli.engine.layers.norm import HALF_MAX, NORM_EPS
-
 
 @triton.jit
 def _modulate(
@@ -39,9 +37,9 @@ def _modulate(
 
 
 def add_and_modulate(
-    x: Tensor, gate: Tensor | None, update: Tensor | None, shift: Tensor, scale: Tensor
+    x: Tensor, gate: Tensor | None, update: Tensor | None, shift: Tensor, scale: Tensor, eps: float, half_max: float
 ) -> tuple[Tensor, Tensor]:
-    """See `norm.add_and_modulate`."""
+    """See `norm.add_and_modulate`. float16 is clipped at `half_max`."""
     batch, tokens, dim = x.shape
     out = torch.empty((batch, tokens, dim), dtype=x.dtype, device=x.device)
     total = x if update is None else torch.empty_like(out)
@@ -49,8 +47,8 @@ def add_and_modulate(
     modulation_strides = (0 if gate is None else gate.stride(0), shift.stride(0), scale.stride(0))
     _modulate[(batch * tokens,)](
         x, x if update is None else update, x if gate is None else gate, shift, scale, total, out,
-        tokens, *x.stride()[:2], *update_strides, *modulation_strides, dim, NORM_EPS,
+        tokens, *x.stride()[:2], *update_strides, *modulation_strides, dim, eps,
         BLOCK=triton.next_power_of_2(dim), UPDATE=update is not None,
-        LIMIT=HALF_MAX if x.dtype == torch.float16 else 0, num_warps=8,
+        LIMIT=half_max if x.dtype == torch.float16 else 0, num_warps=8,
     )  # fmt: skip
     return total, out

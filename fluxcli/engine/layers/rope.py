@@ -56,7 +56,8 @@ def qk_norm_rope_(qkv: Tensor, lengths: Sequence[int], norms: Sequence[QKNorm], 
     if qkv.is_cuda and head_dim & (head_dim - 1) == 0:
         from fluxcli.engine.layers import rope_triton
 
-        return rope_triton.qk_norm_rope_(qkv, lengths, norms, pe)
+        queries, keys = [norm.query for norm in norms], [norm.key for norm in norms]
+        return rope_triton.qk_norm_rope_(qkv, lengths[0], queries, keys, *pe, NORM_EPS)
     heads = qkv.unflatten(-1, (3, -1, head_dim))
     tables = [Rope(*each) for each in zip(*(table.split(list(lengths)) for table in pe), strict=True)]
     for part, norm, table in zip(heads.split(list(lengths), dim=1), norms, tables, strict=True):

@@ -7,9 +7,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxcli.engine.layers.norm import NORM_EPS
-from fluxcli.engine.layers.rope import QKNorm, Rope
-
 
 @triton.jit
 def _qk_norm_rope(
@@ -41,16 +38,17 @@ def _qk_norm_rope(
     tl.store(place, turned.to(raw.dtype), mask=mask)
 
 
-def qk_norm_rope_(qkv: Tensor, lengths: Sequence[int], norms: Sequence[QKNorm], pe: Rope) -> Tensor:
-    """See `rope.qk_norm_rope_`."""
-    head_dim = 2 * pe.cos.shape[1]
+def qk_norm_rope_(
+    qkv: Tensor, first: int, norms_q: Sequence[Tensor], norms_k: Sequence[Tensor], cos: Tensor, sin: Tensor, eps: float
+) -> Tensor:
+    """See `rope.qk_norm_rope_`. The norms are of the `first` tokens and of the others, [Dh] each."""
+    head_dim = 2 * cos.shape[1]
     batch, sequence, width = qkv.shape
     heads, tokens = width // (3 * head_dim), 4
     group = min(heads & -heads, 8)  # as many as divide the heads, and are a power of two
-    first, last = norms[0], norms[-1]
     _qk_norm_rope[(triton.cdiv(batch * sequence, tokens), 2 * heads // group)](
-        qkv, first.query, first.key, last.query, last.key, pe.cos, pe.sin,
-        batch * sequence, sequence, lengths[0], *qkv.stride()[:2], NORM_EPS,
+        qkv, norms_q[0], norms_k[0], norms_q[-1], norms_k[-1], cos, sin,
+        batch * sequence, sequence, first, *qkv.stride()[:2], eps,
         HEADS=heads, GROUP=group, HEAD_DIM=head_dim, TOKENS=tokens, num_warps=8,
     )  # fmt: skip
     return qkv.unflatten(-1, (3, heads, head_dim))

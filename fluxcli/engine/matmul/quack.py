@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fluxcli.core.errors import Remark
+from fluxcli.core.errors import Remark, first_line
 from fluxcli.engine.matmul.gemm import Gemm
 from fluxcli.engine.matmul.layout import adjacent, alignment, neighbours
 from fluxcli.engine.runtime.compile_cache import share_cute_caches
@@ -47,8 +47,8 @@ class Quack:
             return cls(epilogues, GemmConfig, f"quack {metadata.version('quack-kernels')}")
         except Exception as error:
             if getattr(error, "name", None) != "quack":
-                reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
-                warnings.warn(f"quack-kernels cannot be used and is left out: {reason}", Remark, stacklevel=2)
+                message = f"quack-kernels cannot be used and is left out: {first_line(error)}"
+                warnings.warn(message, Remark, stacklevel=2)
             return None
 
     def ways(self, gemms: Sequence[Gemm]) -> Sequence[str]:

@@ -19,6 +19,7 @@ import torch
 
 from fluxcli import __version__
 from fluxcli.core.errors import CacheError
+from fluxcli.core.files import replacing
 from fluxcli.engine.runtime import sealed
 from fluxcli.engine.runtime.compile_cache import CompileCache, root
 from fluxcli.engine.runtime.sealed import Damaged, Sealed
@@ -56,22 +57,18 @@ def export(cache: CompileCache, file: Path, key: bytes | None) -> int:
     Raises:
         CacheError: there is nothing to write, or no way to write it.
     """
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
     members = _choices_of(cache)
     try:
-        with temporary.open("xb") as opened:
+        with replacing(file) as opened:
             written = sealed.write(opened, _about(cache), chain(members, _code_of(cache) if key else ()), key)
-        if not written:
-            reason = "was compiled; --compile?" if key else "was measured, and compiled code needs --key FILE"
-            raise Damaged(f"there is nothing to carry: nothing {reason}")
-        check_export(file)
-        temporary.replace(file)
+            if not written:
+                reason = "was compiled; --compile?" if key else "was measured, and compiled code needs --key FILE"
+                raise Damaged(f"there is nothing to carry: nothing {reason}")
+            check_export(file)
     except Damaged as error:
         raise CacheError(f"--export {file}: {error}") from error
     except OSError as error:
         raise CacheError(f"--export {file}: cannot be written: {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return file.stat().st_size
 
 
@@ -235,11 +232,8 @@ def _arrived(listed: str) -> str:
 def _replace(target: Path, data: bytes) -> None:
     """Puts a file into the cache, whole or not at all, and follows no link below its root on the way."""
     _make_plain_directory(target.parent)
-    temporary = target.with_name(f"{target.name}.{os.getpid()}")
-    temporary.unlink(missing_ok=True)  # of a process of the same number that died
-    with temporary.open("xb") as file:
+    with replacing(target) as file:
         file.write(data)
-    temporary.replace(target)
 
 
 def _make_plain_directory(directory: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 
 from fluxcli.core.config import EngineConfig
 from fluxcli.core.errors import CacheError
+from fluxcli.core.files import replacing
 from fluxcli.core.ownership import make_private, open_to_others
 from fluxcli.models.checkpoints import Checkpoint
 
@@ -60,9 +61,8 @@ class CompileCache:
         """Measured choices, into the file `name` of the folder; they replace those of the same keys."""
         self.check_private()
         self.directory.mkdir(parents=True, exist_ok=True)
-        temporary = self.directory / f"{name}.{os.getpid()}"
-        temporary.write_text(json.dumps({**self.read(name), **choices}, indent=1))
-        temporary.replace(self.directory / name)
+        with replacing(self.directory / name) as file:
+            file.write(json.dumps({**self.read(name), **choices}, indent=1).encode())
 
     def read(self, name: str) -> dict[str, Any]:
         """The choices in a file of the folder; none where it is not there."""

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from fluxcli.core.errors import DeviceError, OutOfMemory
+from fluxcli.core.errors import DeviceError, OutOfMemory, first_line
 from fluxcli.core.records import ShapeKey
 
 
@@ -23,7 +23,7 @@ def device_faults(key: ShapeKey) -> Iterator[None]:
         torch.cuda.empty_cache()
         raise OutOfMemory(_no_memory("device", key)) from error
     except torch.AcceleratorError as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise DeviceError(
             f"the device failed at {key}: {reason}. Nothing committed is lost; run again to go on"
         ) from error

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from fluxcli.core.errors import Remark
+from fluxcli.core.errors import Remark, first_line
 from fluxcli.engine.runtime import stopwatch
 from fluxcli.engine.runtime.graphs import aside, record
 
@@ -117,8 +117,7 @@ class Tuner:
         library = name.partition(" ")[0]
         if library not in self._told:
             self._told.add(library)
-            reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
-            message = f"{library} cannot do here what it is there for, and is left out: {reason}"
+            message = f"{library} cannot do here what it is there for, and is left out: {first_line(error)}"
             warnings.warn(message, Remark, stacklevel=2)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fluxcli.core.errors import ModelError
+from fluxcli.core.errors import ModelError, first_line
 from fluxcli.models.checkpoints import Checkpoint
 from fluxcli.models.configs import read_config
 
@@ -73,10 +73,6 @@ def _class_of(checkpoint: Checkpoint, part: str) -> tuple[str, Any]:
         each.utils.logging.set_verbosity_error()
     library, name = checkpoint.class_of(part)
     return library, getattr(libraries[library], name)
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 class _no_init:

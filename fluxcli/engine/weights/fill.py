@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from fluxcli.core.errors import ModelError
+from fluxcli.core.errors import ModelError, first_line
 from fluxcli.engine.matmul.gemm import Multiply
 from fluxcli.engine.matmul.torch_ import Reference
 from fluxcli.engine.nets.flux1 import Flux, FluxConfig
 from fluxcli.engine.runtime.offload import Visitors
-from fluxcli.engine.weights.build import build, default_dtype, first_line
+from fluxcli.engine.weights.build import build, default_dtype
 from fluxcli.engine.weights.copying import copying
 from fluxcli.engine.weights.random import fill_random
 from fluxcli.engine.weights.sources import paired, values

@@ -9,8 +9,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fluxcli.core.errors import ModelError
-from fluxcli.engine.weights.build import first_line
+from fluxcli.core.errors import ModelError, first_line
 from fluxcli.models.files import shown
 from fluxcli.models.headers import read_header
 from fluxcli.models.weight_files import weight_files
