@@ -144,7 +144,7 @@ class Job:
                     say(f"stopped by {stop}; everything finished is committed. Run the same command again to go on.")
                 finally:
                     runner.record(status, machine)
-        return status, report.totals_data(runner.totals, intake)
+        return status, report.totals_data(runner.totals, intake.done, intake.skipped, intake.rows)
 
     def _accepted(self, source: PromptFile, status: Status, failed_before: Callable[[str | None, int], bool]) -> Intake:
         """The intake without rows that are not to be tried again.

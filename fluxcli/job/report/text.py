@@ -107,14 +107,14 @@ def remark_lines(tally: Tally) -> list[str]:
     return [f"rows ask for what fluxcli does not do: {_with_counts(asked, shown=20)}"] if asked else []
 
 
-def totals_data(totals: Totals, intake: Intake) -> dict[str, Any]:
+def totals_data(totals: Totals, done_before: int, skipped: int, rows: int) -> dict[str, Any]:
     return {
         "images": totals.images,
         "failures": totals.failures,
         "truncated": totals.truncated,
-        "rows": intake.rows,
-        "done_before": intake.done,
-        "skipped": intake.skipped,
+        "rows": rows,
+        "done_before": done_before,
+        "skipped": skipped,
         "seconds": round(totals.seconds, 3),
         "warm_up_s": round(totals.warm_up_s, 3),
         "images_per_s": round(totals.images_per_s, 4),
