@@ -244,14 +244,14 @@ def read(log: Path) -> list[Op]:
 
 
 def states(ops: list[Op], first: int, share: float = 1.0) -> Iterator[tuple[int, str, Disk]]:
-    """Every state after a power cut worth trying, from operation `first` on, without repeats, or a share of them: the
-    number of operations before it, what of them is missing, and the disk."""
+    """Every state after a power cut worth trying, from operation `first` on, without repeats, or a share of them and
+    all after the last: the number of operations before it, what of them is missing, and the disk."""
     chance, seen = random.Random(3), set()
     for cut in range(max(1, first), len(ops) + 1):
         if ops[cut - 1].what == "told" and cut < len(ops):
             continue
         for what, missing, torn in _cases(ops, _pending(ops, cut), chance):
-            if share < 1 and chance.random() >= share:
+            if share < 1 and cut < len(ops) and chance.random() >= share:
                 continue
             disk = Disk()
             for at, op in enumerate(ops[:cut]):
