@@ -8,21 +8,24 @@ from typing import Any
 import click
 
 from fluxcli.cli.options import (
+    Files,
+    Input,
+    Machine,
+    Rows,
     _read_config,
     batch_size_option,
-    engine_options,
     example,
     format_options,
     input_options,
     json_output,
+    machine_options,
     row_options,
+    text_lengths_option,
     verbosity,
 )
 from fluxcli.cli.settings import batch_sizes, load_engine, say, settings
 from fluxcli.core import config
 from fluxcli.core.files import json_text
-
-_JOB_OPTIONS = ("text_lengths", "batch_size", "limit", "strict", "max_failures", "retry_failed")
 
 
 @click.command(epilog=example("fluxcli batch prompts.jsonl -o out --batch-size 16"))
@@ -53,7 +56,8 @@ _JOB_OPTIONS = ("text_lengths", "batch_size", "limit", "strict", "max_failures",
 )
 @click.option("--force", is_flag=True, help="If the directory holds another job, start over in a new one beside it.")
 @row_options
-@engine_options
+@text_lengths_option
+@machine_options
 @json_output
 @verbosity
 @click.pass_context
@@ -62,12 +66,19 @@ def batch(
     /,
     input: str,
     output: Path | None,
-    format: str,
-    quality: int,
+    reading: Input,
+    batch_size: int | str,
+    limit: int | None,
+    files: Files,
     dry_run: bool,
+    strict: bool,
+    max_failures: int | None,
+    retry_failed: bool,
     force: bool,
+    rows: Rows,
+    text_lengths: tuple[int, ...],
+    machine: Machine,
     as_json: bool,
-    **options: Any,
 ) -> None:
     """Run a job: every row of INPUT (.jsonl, .json, .txt, .csv, .tsv, or - for standard input) becomes an image.
 
@@ -79,18 +90,22 @@ def batch(
     from fluxcli.job.job import Job
     from fluxcli.job.report import text as report
 
-    checkpoint, engine_config, defaults = settings(options)
-    options["batch_size"] = batch_sizes(options["batch_size"], checkpoint, engine_config)
+    checkpoint, engine_config, defaults = settings(machine, rows, strict)
     job = Job(
         input,
         output or Path("out") / ("stdin" if is_descriptor(input) else Path(input).stem),
         checkpoint,
         engine_config,
         defaults,
-        image=config.ImageFormat(format, quality),
-        format=options["input_format"],
-        columns=Columns(options["prompt_column"], options["id_column"]),
-        **{name: options[name] for name in _JOB_OPTIONS},
+        text_lengths,
+        config.ImageFormat(files.format, files.quality),
+        batch_sizes(batch_size, checkpoint, engine_config),
+        limit,
+        strict,
+        max_failures,
+        retry_failed,
+        reading.input_format,
+        Columns(reading.prompt_column, reading.id_column),
     )
     if force:
         moved = job.in_free_directory()

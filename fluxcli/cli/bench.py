@@ -3,11 +3,10 @@
 import json
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import click
 
-from fluxcli.cli.options import TEXT_LENGTHS, choice, example, json_output, machine_options, verbosity
+from fluxcli.cli.options import TEXT_LENGTHS, Machine, choice, example, json_output, machine_options, verbosity
 from fluxcli.cli.settings import checkpoint_of, engine_settings, load_engine, say
 from fluxcli.cli.types import Numbers, Size
 from fluxcli.core import config
@@ -50,8 +49,8 @@ def bench(
     steps: int | None,
     vs: str | None,
     cold_start: bool,
+    machine: Machine,
     as_json: bool,
-    **options: Any,
 ) -> None:
     """Measure this machine: a step against what its products and attention alone take, whole images by stage.
 
@@ -62,8 +61,8 @@ def bench(
     from fluxcli.core.records import ShapeKey
     from fluxcli.job.output import images
 
-    checkpoint = checkpoint_of(options["model"], options["revision"])
-    engine_config = engine_settings(options)
+    checkpoint = checkpoint_of(machine.model, machine.revision)
+    engine_config = engine_settings(machine)
     defaults = checkpoint.row_defaults()
     keys = [
         ShapeKey(batch_size, height, width, length)

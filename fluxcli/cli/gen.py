@@ -8,12 +8,16 @@ from typing import Any
 import click
 
 from fluxcli.cli.options import (
+    Files,
+    Machine,
+    Rows,
     batch_size_option,
-    engine_options,
     example,
     format_options,
     json_output,
+    machine_options,
     row_options,
+    text_lengths_option,
     verbosity,
 )
 from fluxcli.cli.settings import batch_sizes, load_engine, say, settings
@@ -67,7 +71,8 @@ def _text(ctx: click.Context, param: click.Parameter, prompt: str) -> str:
 @row_options
 @format_options
 @batch_size_option
-@engine_options
+@text_lengths_option
+@machine_options
 @json_output
 @verbosity
 @click.pass_context
@@ -77,11 +82,12 @@ def gen(
     prompt: str,
     num_images: int,
     output: Path,
-    format: str,
-    quality: int,
+    rows: Rows,
+    files: Files,
     batch_size: int | str,
+    text_lengths: tuple[int, ...],
+    machine: Machine,
     as_json: bool,
-    **options: Any,
 ) -> None:
     """Make images of one PROMPT and print their paths."""
     from fluxcli.core.records import Failure
@@ -91,10 +97,10 @@ def gen(
     from fluxcli.job.plan import size_of
     from fluxcli.models.tokenizers import Tokenizers
 
-    checkpoint, engine_config, defaults = settings(options)
-    image = config.ImageFormat(single.check_output(output, num_images) or format, quality)
+    checkpoint, engine_config, defaults = settings(machine, rows)
+    image = config.ImageFormat(single.check_output(output, num_images) or files.format, files.quality)
     tokenizers = Tokenizers(checkpoint.tokenizers)
-    records = single.requested(prompt, options["seed"], num_images, defaults, tokenizers, options["text_lengths"])
+    records = single.requested(prompt, rows.seed, num_images, defaults, tokenizers, text_lengths)
     tokens, text_length = records[0].text_tokens, records[0].text_length
     if records[0].truncated:
         say(f"the prompt has {tokens} tokens and is cut to {text_length}")

@@ -1,14 +1,22 @@
-"""The options that commands share, one decorator a group; and `--config`, which sets any of them from a file."""
+"""The options that commands share, one decorator a group, which hands the command one object with their values; and
+`--config`, which sets any of them from a file."""
 
 import tomllib
 from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from fluxcli.cli.types import BatchSize, Device, Finite, Numbers, Side
 from fluxcli.core import config
+
+if TYPE_CHECKING:
+    from fluxcli.job.input.read import Format
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 FILE = click.Path(dir_okay=False, path_type=Path)
 
@@ -34,11 +42,60 @@ def example(*lines: str) -> str:
     return "\b\n" + "\n".join(["Example:", *(f"  {line}" for line in lines)])
 
 
-def options(*options: Callable[..., Any]) -> Callable[..., Any]:
+@dataclass(frozen=True)
+class Machine:
+    """What runs, and where."""
+
+    model: str | None
+    revision: str | None
+    dtype: str
+    device: str
+    compile: bool | None
+    attention: str
+
+
+@dataclass(frozen=True)
+class Input:
+    """How INPUT is read."""
+
+    input_format: "Format | None"
+    prompt_column: str | None
+    id_column: str | None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a row gets where it says nothing; None is the model's own."""
+
+    width: int | None
+    height: int | None
+    steps: int | None
+    guidance: float | None
+    seed: int
+
+
+@dataclass(frozen=True)
+class Files:
+    """How images are written."""
+
+    format: str
+    quality: int
+
+
+def _group(name: str, kind: type[Any], *options: Decorator) -> Decorator:
+    """Options whose values the command gets as one `kind`, under `name`."""
+    own = [field.name for field in fields(kind)]
+
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(command)
+        def grouped(*args: Any, **given: Any) -> Any:
+            given[name] = kind(**{each: given.pop(each) for each in own})
+            return command(*args, **given)
+
+        decorated: Callable[..., Any] = grouped
         for option in reversed(options):
-            command = option(command)
-        return command
+            decorated = option(decorated)
+        return decorated
 
     return decorate
 
@@ -47,7 +104,9 @@ verbosity = click.option(
     "-v", "--verbose", is_flag=True, expose_value=False, callback=_verbose, help="Show tracebacks of errors."
 )
 TEXT_LENGTHS = Numbers("text lengths", config.MAX_TEXT_LENGTH)
-machine_options = options(
+machine_options = _group(
+    "machine",
+    Machine,
     click.option(
         "-m",
         "--model",
@@ -85,17 +144,16 @@ machine_options = options(
         help="The library for it. auto: the fastest for each shape, measured once.",
     ),
 )
-engine_options = options(
-    machine_options,
-    click.option(
-        "--text-lengths",
-        type=TEXT_LENGTHS,
-        default=config.TEXT_LENGTHS,
-        help="Buckets of prompt length in T5 tokens; one number fixes it (512 is the reference).  "
-        "[default: 64,128,256,512]",
-    ),
+text_lengths_option = click.option(
+    "--text-lengths",
+    type=TEXT_LENGTHS,
+    default=config.TEXT_LENGTHS,
+    help="Buckets of prompt length in T5 tokens; one number fixes it (512 is the reference).  "
+    "[default: 64,128,256,512]",
 )
-input_options = options(
+input_options = _group(
+    "reading",
+    Input,
     click.option(
         "--input-format",
         type=click.Choice(("jsonl", "txt", "csv", "tsv")),
@@ -104,7 +162,9 @@ input_options = options(
     click.option("--prompt-column", metavar="NAME", help="The column or key that is the prompt.  [default: prompt]"),
     click.option("--id-column", metavar="NAME", help="The column or key that is the id.  [default: id]"),
 )
-row_options = options(
+row_options = _group(
+    "rows",
+    Rows,
     click.option("--width", type=Side(), help="Of an image whose row has none.  [default: the model's]"),
     click.option("--height", type=Side(), help="Of an image whose row has none.  [default: the model's]"),
     click.option(
@@ -123,7 +183,9 @@ row_options = options(
         help="Of gen's first image; a row without one derives its own from this and its id.",
     ),
 )
-format_options = options(
+format_options = _group(
+    "files",
+    Files,
     click.option(
         "--format", type=choice(*config.FORMATS), default="png", show_default=True, help="Of the image files."
     ),
@@ -136,7 +198,7 @@ batch_size_option = click.option(
     type=BatchSize(),
     default=config.BATCH_SIZE,
     show_default=True,
-    help="auto: for each size what memory holds and speed gains from, measured once.",
+    help="auto: for each size the largest power of two up to 16 that memory holds.",
 )
 json_output = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 

@@ -1,8 +1,7 @@
 """What the options mean on this machine: the model, the engine and its settings, every "auto" and default settled."""
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -12,7 +11,9 @@ from fluxcli.core.terminal import printable
 from fluxcli.job.run import signals
 
 if TYPE_CHECKING:
+    from fluxcli.cli.options import Machine, Rows
     from fluxcli.core.records import ShapeKey
+    from fluxcli.engine.engine import Engine
     from fluxcli.job.plan import BatchSize
     from fluxcli.models.checkpoints import Checkpoint
 
@@ -41,7 +42,7 @@ def checkpoint_of(name: str | None, revision: str | None) -> "Checkpoint":
     return checkpoints.resolve(name, revision)
 
 
-def load_engine(checkpoint: "Checkpoint", engine_config: config.EngineConfig, shapes: "Sequence[ShapeKey]") -> Any:
+def load_engine(checkpoint: "Checkpoint", engine_config: config.EngineConfig, shapes: "Sequence[ShapeKey]") -> "Engine":
     from fluxcli.engine.engine import Engine
 
     say(f"loading {checkpoint.name} ({engine_config.dtype}) on {engine_config.device}")
@@ -60,34 +61,35 @@ def batch_sizes(given: int | str, checkpoint: "Checkpoint", engine_config: confi
     return LargestBatch(checkpoint, engine_config)
 
 
-def settings(options: dict[str, Any]) -> tuple["Checkpoint", config.EngineConfig, config.RowDefaults]:
-    """What the shared options mean here, every "auto" and default settled."""
-    checkpoint = checkpoint_of(options["model"], options["revision"])
-    if options["guidance"] is not None and not checkpoint.takes_guidance:
+def settings(
+    machine: "Machine", rows: "Rows", strict: bool = False
+) -> tuple["Checkpoint", config.EngineConfig, config.RowDefaults]:
+    """What the options mean here, every "auto" and default settled. A `strict` one that changes nothing is refused."""
+    checkpoint = checkpoint_of(machine.model, machine.revision)
+    if rows.guidance is not None and not checkpoint.takes_guidance:
         remark = f"--guidance changes nothing: {checkpoint.name} takes no guidance scale"
-        if options.get("strict"):
+        if strict:
             raise UsageError(f"{remark} (--strict)")
         say(remark)
-    return checkpoint, engine_settings(options), _row_defaults(checkpoint, options)
+    return checkpoint, engine_settings(machine), _row_defaults(checkpoint, rows)
 
 
-def engine_settings(options: dict[str, Any]) -> config.EngineConfig:
+def engine_settings(machine: "Machine") -> config.EngineConfig:
     """Raises DeviceError for what is not there: before anything is read or loaded."""
     from fluxcli.engine.attention import backends
     from fluxcli.engine.runtime import device
 
-    settled = device.resolve(options["device"], options["dtype"], options["compile"], options["attention"])
+    settled = device.resolve(machine.device, machine.dtype, machine.compile, machine.attention)
     backends.check(settled.attention, settled.device, device.DTYPES[settled.dtype])
     return settled
 
 
-def _row_defaults(checkpoint: "Checkpoint", options: dict[str, Any]) -> config.RowDefaults:
+def _row_defaults(checkpoint: "Checkpoint", rows: "Rows") -> config.RowDefaults:
     own = checkpoint.row_defaults()
-    given = {
-        "width": options["width"],
-        "height": options["height"],
-        "num_inference_steps": options["steps"],
-        "guidance_scale": options["guidance"] if checkpoint.takes_guidance else None,
-        "seed": options["seed"],
-    }
-    return replace(own, **{name: value for name, value in given.items() if value is not None})
+    return config.RowDefaults(
+        width=rows.width or own.width,
+        height=rows.height or own.height,
+        num_inference_steps=rows.steps or own.num_inference_steps,
+        guidance_scale=own.guidance_scale if rows.guidance is None or not checkpoint.takes_guidance else rows.guidance,
+        seed=rows.seed,
+    )

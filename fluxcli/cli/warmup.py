@@ -5,18 +5,21 @@ import time
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import click
 
 from fluxcli.cli.options import (
     FILE,
+    Input,
+    Machine,
+    Rows,
     batch_size_option,
-    engine_options,
     example,
     input_options,
     json_output,
+    machine_options,
     row_options,
+    text_lengths_option,
     verbosity,
 )
 from fluxcli.cli.settings import batch_sizes, load_engine, say, settings
@@ -54,7 +57,8 @@ from fluxcli.core import config
 @input_options
 @batch_size_option
 @row_options
-@engine_options
+@text_lengths_option
+@machine_options
 @json_output
 @verbosity
 def warmup(
@@ -63,9 +67,12 @@ def warmup(
     export: Path | None,
     import_: Path | None,
     key: Path | None,
+    reading: Input,
     batch_size: int | str,
+    rows: Rows,
+    text_lengths: tuple[int, ...],
+    machine: Machine,
     as_json: bool,
-    **options: Any,
 ) -> None:
     """Compile and cache what the shapes of INPUT, or of the given sizes, need.
 
@@ -81,7 +88,7 @@ def warmup(
         raise click.UsageError("give INPUT or --size, not both")
     if key is not None and export is None and import_ is None:
         raise click.UsageError("--key goes with --export or --import")
-    checkpoint, engine_config, defaults = settings(options)
+    checkpoint, engine_config, defaults = settings(machine, rows)
     if export is not None:
         cache_archive.check_export(export)
         if key is None:
@@ -96,19 +103,18 @@ def warmup(
             if as_json:
                 click.echo(json.dumps({"imported": entries, "cache": str(compile_cache.root())}))
             return
-    lengths = options["text_lengths"]
     sizes_of = batch_sizes(batch_size, checkpoint, engine_config)
     if input is not None:
         job = Job(
-            *(input, Path(), checkpoint, engine_config, defaults, lengths, config.ImageFormat(), sizes_of),
-            format=options["input_format"],
-            columns=Columns(options["prompt_column"], options["id_column"]),
+            *(input, Path(), checkpoint, engine_config, defaults, text_lengths, config.ImageFormat(), sizes_of),
+            format=reading.input_format,
+            columns=Columns(reading.prompt_column, reading.id_column),
         )
         with closing(job.source()) as source:
             keys = job.whole_plan(source, say).shapes()
     else:
         chosen = sizes or [(defaults.width, defaults.height)]
-        groups = {Group(height, width, length, 1) for width, height in chosen for length in lengths}
+        groups = {Group(height, width, length, 1) for width, height in chosen for length in text_lengths}
         wanted = [ShapeKey(size_of(sizes_of, group), group.height, group.width, group.text_length) for group in groups]
         keys = sorted(wanted, key=lambda key: (key.tokens(), key), reverse=True)
     start = time.perf_counter()
@@ -124,8 +130,8 @@ def warmup(
         size = cache_archive.export(compile_cache.CompileCache(checkpoint, engine_config), export, secret)
         say(f"{export}: {size / 1e6:.1f} MB")
     if as_json:
-        rows = [
+        data = [
             {**one.key._asdict(), "seconds": round(one.seconds, 3), "state": one.state, "attention": one.attention}
             for one in shapes
         ]
-        click.echo(json.dumps({"shapes": rows, "seconds": round(seconds, 3), "cache": str(compile_cache.root())}))
+        click.echo(json.dumps({"shapes": data, "seconds": round(seconds, 3), "cache": str(compile_cache.root())}))

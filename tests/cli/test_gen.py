@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fluxcli.job import single
 from fluxcli.job.output import images
 from tests.cli.conftest import SMALL, files
 from tests.conftest import ENVIRONMENT, Result, read_rows, write_rows
@@ -242,7 +241,7 @@ def test_a_full_disk_leaves_nothing_and_the_same_command_works_later(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as disk:
-        disk.setattr(single.os, "fsync", full)
+        disk.setattr(os, "fsync", full)
         result = inside("gen", "a", *SMALL, "-o", output)
     assert result.returncode == 1
     assert f"-o {output}: cannot be written: No space left on device" in result.stderr
@@ -273,18 +272,18 @@ def test_a_really_full_file_system(inside, tmp_path: Path) -> None:
 
 def test_an_image_is_on_disk_for_sure_before_it_has_its_name(inside, tmp_path: Path, monkeypatch) -> None:
     calls = []
-    real_fsync, real_replace = os.fsync, Path.replace
+    real_fsync, real_replace = os.fsync, os.replace
 
     def fsync(descriptor: int) -> None:
         calls.append("fsync")
         real_fsync(descriptor)
 
-    def replace(self: Path, target: Path) -> Path:
+    def replace(source: Path, target: Path) -> None:
         calls.append("replace")
-        return real_replace(self, target)
+        real_replace(source, target)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(Path, "replace", replace)
+    monkeypatch.setattr(os, "replace", replace)
     assert inside("gen", "a", *SMALL).returncode == 0
     assert calls == ["fsync", "replace", "fsync"]
 
