@@ -86,8 +86,8 @@ class Model:
         defaults = _row_defaults(self._checkpoint, width, height, steps, guidance, seed)
         records = single.requested(prompt, seed, n, defaults, self._tokenizers, self._text_lengths)
         images = []
-        for part, pictures in single.made(self._engine, records, batch_size):
-            for record, finite, pixels in zip(part, pictures.finite, pictures.pixels, strict=True):
+        for part, result in single.made(self._engine, records, batch_size):
+            for record, finite, pixels in zip(part, result.finite, result.pixels, strict=True):
                 if not finite:
                     raise FluxcliError(f"seed {record.seed}: the model's output is not finite")
                 images.append(Image.fromarray(pixels))

@@ -15,7 +15,7 @@ from fluxcli.bench.machine import clocks, machine
 from fluxcli.bench.parity import parity
 from fluxcli.core.config import EngineConfig
 from fluxcli.core.errors import FluxcliError, first_line
-from fluxcli.core.records import Batch, Pictures, PromptRecord, ShapeKey
+from fluxcli.core.records import Batch, Images, PromptRecord, ShapeKey
 from fluxcli.engine.engine import Engine
 from fluxcli.engine.flight import InFlight
 from fluxcli.engine.runtime import stopwatch
@@ -33,7 +33,7 @@ _MOST_BATCHES = 4
 _SAVED = 4  # images of a batch that are encoded to time it
 _PROMPT = "picture {} of a lighthouse on a cliff above the sea, seen from a boat"
 
-Save = Callable[[Any, PromptRecord], object]  # pixels [H, W, 3] of a record -> a picture file's bytes
+Save = Callable[[Any, PromptRecord], object]  # pixels [H, W, 3] of a record -> an image file's bytes
 Say = Callable[[str], None]
 
 
@@ -133,7 +133,7 @@ class Bench:
         one_step = engine.submit(self._batch(key, _MOST_BATCHES, steps=1)).result()
         whole = key.batch_size * (one_step.timing.as_row()["total_s"] + (self.steps - 1) * one_step.timing.denoise_s)
         count = max(1, min(_MOST_BATCHES, int(_JOB_S / whole)))
-        done: list[Pictures] = []
+        done: list[Images] = []
         waiting: InFlight | None = None
         start = time.perf_counter()
         for number in range(count):
@@ -145,7 +145,7 @@ class Bench:
         done.append(waiting.result())
         seconds = time.perf_counter() - start
         images = count * key.batch_size
-        timings = [pictures.timing for pictures in done]
+        timings = [result.timing for result in done]
         records = self._batch(key, count - 1, self.steps).records
         return {
             "attention": warm.attention,
@@ -208,7 +208,7 @@ class Bench:
         }
 
     def _batch(self, key: ShapeKey, number: int, steps: int) -> Batch:
-        """Pictures of one job; the engine remembers prompts, so that each is one that it has not seen."""
+        """Images of one job; the engine remembers prompts, so that each is one that it has not seen."""
         records = []
         for slot in range(key.batch_size):
             id = f"{'x'.join(map(str, key))}-{number}-{slot}"
@@ -244,10 +244,10 @@ def _start_seconds(key: ShapeKey, starts: Mapping[str, Any] | None) -> dict[str,
     return found
 
 
-def _save_s(pictures: Pictures, records: Sequence[PromptRecord], save: Save) -> float:
+def _save_s(result: Images, records: Sequence[PromptRecord], save: Save) -> float:
     """Seconds an image takes to become a file's bytes on one thread of the host."""
     times = []
-    for pixels, record in list(zip(pictures.pixels, records, strict=True))[:_SAVED]:
+    for pixels, record in list(zip(result.pixels, records, strict=True))[:_SAVED]:
         start = time.perf_counter()
         save(pixels, record)
         times.append(time.perf_counter() - start)

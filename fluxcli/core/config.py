@@ -42,7 +42,7 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class ImageFormat:
-    """How pictures are written. `quality` is 1..100 and ignored by PNG, which is lossless."""
+    """How images are written. `quality` is 1..100 and ignored by PNG, which is lossless."""
 
     name: str = "png"
     quality: int = 95

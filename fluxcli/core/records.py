@@ -99,7 +99,7 @@ class Timing:
 
 
 @dataclass(frozen=True, slots=True)
-class Pictures:
+class Images:
     """What became of a batch: pixels uint8 [n, H, W, 3] on the host; whether each image's latents were finite; and each
     image's share of the batch's device time."""
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fluxcli.core.records import Batch, Pictures, Timing
+from fluxcli.core.records import Batch, Images, Timing
 from fluxcli.engine.runtime.faults import device_faults
 
 
@@ -23,13 +23,13 @@ class InFlight:
         """Whether `result()` would return at once."""
         return self._arrived is None or self._arrived.query()
 
-    def result(self) -> Pictures:
+    def result(self) -> Images:
         images = len(self._batch.records)
         with device_faults(self._batch.key):
             if self._arrived is not None:
                 self._arrived.synchronize()
             share = [seconds / images for seconds in self._clock.seconds()]
-        return Pictures(self._pixels[:images].numpy(), self._finite[:images].tolist(), Timing(*share))
+        return Images(self._pixels[:images].numpy(), self._finite[:images].tolist(), Timing(*share))
 
 
 class Clock:

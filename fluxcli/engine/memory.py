@@ -12,7 +12,7 @@ halves a batch that does not fit after all.
 The constants are a little above what an H200 showed. A stage gives its memory back to the next; only the graphs and the
 weights stay. T5, 9.5 of FLUX.1's 33.7 GB in
 bfloat16, can stay on the host and visit the GPU block by block (`streaming`): the whole of it coming and going
-would gain nothing, for it would need the same room at each batch. Pictures are decoded one by one at the least
+would gain nothing, for it would need the same room at each batch. Images are decoded one by one at the least
 (`vae.chunk_size`); tiles, which would change pixels at their seams, are not made.
 """
 
@@ -96,7 +96,7 @@ def plan(
         available: bytes; None for what this process may still take of the device.
 
     Raises:
-        OutOfMemory: one picture of the largest shape does not fit, wherever T5 lives.
+        OutOfMemory: one image of the largest shape does not fit, wherever T5 lives.
     """
     if not config.device.startswith("cuda") or not shapes:
         return MemoryPlan()
@@ -111,9 +111,9 @@ def plan(
         return MemoryPlan(True, needed, there)
     largest = max(shapes, key=lambda key: (key.height * key.width, key.text_length))
     raise OutOfMemory(
-        f"--model {checkpoint.name} does not fit: one picture of {largest.width}x{largest.height} with "
+        f"--model {checkpoint.name} does not fit: one image of {largest.width}x{largest.height} with "
         f"{largest.text_length} text tokens needs {_gb(needed)} in {config.dtype}, T5 on the host, and {_gb(there)} of "
-        f"{config.device} are free; use a GPU with more memory or smaller pictures"
+        f"{config.device} are free; use a GPU with more memory or smaller images"
     )
 
 

@@ -10,7 +10,7 @@ from fluxcli.engine.layers.groupnorm import add_biased, group_norm_silu
 from fluxcli.engine.weights.fill import load_part
 from fluxcli.models.checkpoints import Checkpoint
 
-# Pixels decoded at once: one 1024x1024 picture, or several smaller ones. Bounds the decoder's memory at any batch size.
+# Pixels decoded at once: one 1024x1024 image, or several smaller ones. Bounds the decoder's memory at any batch size.
 _PIXELS_AT_ONCE = 2**20
 
 
@@ -33,7 +33,7 @@ class Decoder:
 
     def __call__(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """latents [B, C, H, W] -> uint8 [B, 8H, 8W, 3], rounded to nearest; and whether each was finite [B]: what is
-        not would come out as a black picture."""
+        not would come out as a black image."""
         size = chunk_size(len(latents), latents.shape[-1] * latents.shape[-2] * self.scale**2)
         parts = [self._decode(part) for part in latents.split(size)]
         pixels, finite = (torch.cat(each) for each in zip(*parts, strict=True))
@@ -50,7 +50,7 @@ class Decoder:
 
 
 class FusedResnet(nn.Module):
-    """A ResnetBlock2D of diffusers with the same weights: between its convolutions each picture crosses memory as often
+    """A ResnetBlock2D of diffusers with the same weights: between its convolutions each image crosses memory as often
     as it must. The convolutions leave their bias to the pass that follows."""
 
     def __init__(self, block: Any) -> None:
@@ -113,7 +113,7 @@ def _norm_silu(norm: nn.GroupNorm, x: Tensor, before: Tensor | None = None) -> T
 
 
 def chunk_size(batch: int, pixels: int) -> int:
-    """How many pictures to decode at once: the largest divisor of the batch within the budget, so that every chunk of
+    """How many images to decode at once: the largest divisor of the batch within the budget, so that every chunk of
     a batch has one shape."""
     return max(
         size for size in range(1, batch + 1) if batch % size == 0 and (size == 1 or size * pixels <= _PIXELS_AT_ONCE)

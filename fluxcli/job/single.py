@@ -7,7 +7,7 @@ from pathlib import Path
 from fluxcli.core.config import ImageFormat, RowDefaults
 from fluxcli.core.errors import JobError, UsageError, first_line
 from fluxcli.core.files import replacing
-from fluxcli.core.records import Batch, Failure, Pictures, PromptRecord, ShapeKey
+from fluxcli.core.records import Batch, Failure, Images, PromptRecord, ShapeKey
 from fluxcli.job.input.intake import OneRow, take_in
 from fluxcli.job.output import images
 from fluxcli.job.run import signals
@@ -43,7 +43,7 @@ def shapes(records: Sequence[PromptRecord], batch_size: int) -> list[ShapeKey]:
 
 def made(
     engine: Engine, records: Sequence[PromptRecord], batch_size: int
-) -> Iterator[tuple[Sequence[PromptRecord], Pictures]]:
+) -> Iterator[tuple[Sequence[PromptRecord], Images]]:
     """The records' images, batch by batch."""
     for index, start in enumerate(range(0, len(records), batch_size)):
         part = records[start : start + batch_size]
@@ -60,20 +60,20 @@ def generate(
         JobError: the disk cannot be written.
         Stopped: a signal came.
     """
-    for part, pictures in made(engine, records, batch_size):
+    for part, result in made(engine, records, batch_size):
         for slot, record in enumerate(part):
             with signals.held():
-                yield record, _save(pictures, slot, record, output, format, model)
+                yield record, _save(result, slot, record, output, format, model)
             signals.check()
 
 
 def _save(
-    pictures: Pictures, slot: int, record: PromptRecord, output: Path, format: ImageFormat, model: str
+    result: Images, slot: int, record: PromptRecord, output: Path, format: ImageFormat, model: str
 ) -> Path | Failure:
-    if not pictures.finite[slot]:
+    if not result.finite[slot]:
         return Failure(record.id, record.line, "non_finite", "the model's output is not finite")
     try:
-        data = images.encode(pictures.pixels[slot], format, record, model)
+        data = images.encode(result.pixels[slot], format, record, model)
     except Exception as error:
         return Failure(record.id, record.line, "encode_error", first_line(error))
     return _write(data, output, record, format)

@@ -105,7 +105,7 @@ def score(pictures: list[Image.Image], wanted: list[Case], workers: Executor | N
 def contact_sheet(
     pictures: list[Image.Image], prompts: list[str] | None = None, columns: int = 8, gap: int = 6
 ) -> Image.Image:
-    """Pictures in rows, each over the whole of its prompt where there are any."""
+    """Images in rows, each over the whole of its prompt where there are any."""
     font = ImageFont.load_default(11)
     texts = ["\n".join(textwrap.wrap(prompt, 22)) for prompt in prompts or []]
     below = 14 * max((text.count("\n") + 1 for text in texts), default=0)

@@ -55,7 +55,7 @@ def test_a_batch_too_large_is_left_to_the_runner_as_long_as_one_picture_fits() -
 
 def test_what_cannot_fit_is_refused_with_both_figures() -> None:
     with pytest.raises(
-        OutOfMemory, match=r"random:flux-dev does not fit: one picture of 1024x1024 with 512 text.*20\.0 GB"
+        OutOfMemory, match=r"random:flux-dev does not fit: one image of 1024x1024 with 512 text.*20\.0 GB"
     ):
         budget(20, EIGHT, ONE)
     with pytest.raises(OutOfMemory, match="4096x4096"):
@@ -202,7 +202,7 @@ def test_what_is_planned_is_enough(visiting: bool, gigabytes) -> None:
 def test_flux_is_refused_20_gb_before_anything_is_loaded(gigabytes) -> None:
     gigabytes(20)
     before = torch.cuda.memory_allocated()
-    with pytest.raises(OutOfMemory, match="does not fit: one picture of 1024x1024"):
+    with pytest.raises(OutOfMemory, match="does not fit: one image of 1024x1024"):
         on_the_gpu([EIGHT])
     assert torch.cuda.memory_allocated() == before
 

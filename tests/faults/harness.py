@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from fluxcli.core.config import EngineConfig, ImageFormat
-from fluxcli.core.records import Batch, Pictures, ShapeKey, Timing, WarmUp
+from fluxcli.core.records import Batch, Images, ShapeKey, Timing, WarmUp
 from fluxcli.job.job import Job
 from fluxcli.models.checkpoints import resolve
 
@@ -25,13 +25,13 @@ SIZE = 64
 
 
 class Flight:
-    def __init__(self, pictures: Pictures) -> None:
+    def __init__(self, pictures: Images) -> None:
         self._pictures = pictures
 
     def ready(self) -> bool:
         return False  # as a GPU: the next batch is queued before this one is looked at
 
-    def result(self) -> Pictures:
+    def result(self) -> Images:
         return self._pictures
 
 
@@ -50,7 +50,7 @@ class SeedEngine:
         pixels = np.stack([_draw(record.seed, record.height, record.width) for record in batch.records])
         finite = [True] * len(batch.records)
         self._broken(batch, pixels, finite)
-        return Flight(Pictures(pixels, finite, Timing(0.1, 0.2, 0.3)))
+        return Flight(Images(pixels, finite, Timing(0.1, 0.2, 0.3)))
 
 
 def _draw(seed: int, height: int, width: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Pixels -> the bytes of a picture file, with prompt, seed and settings inside."""
+"""Pixels -> the bytes of an image file, with prompt, seed and settings inside."""
 
 import io
 import json
@@ -14,7 +14,7 @@ from fluxcli.core.records import PromptRecord
 if TYPE_CHECKING:
     import numpy as np
 
-# zlib's fastest level, looking for runs only: PNG's filters leave little else. On 1024x1024 pictures from smooth to
+# zlib's fastest level, looking for runs only: PNG's filters leave little else. On 1024x1024 images from smooth to
 # noisy that takes 75 to 77 ms against 80 to 141, and the files are smaller or equal.
 _PNG = {"compress_level": 1, "compress_type": zlib.Z_RLE}
 _EXIF_IFD, _USER_COMMENT = 0x8769, 0x9286

@@ -4,14 +4,14 @@ from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from fluxcli.core.errors import OutOfMemory
-from fluxcli.core.records import Batch, Pictures, ShapeKey, WarmUp
+from fluxcli.core.records import Batch, Images, ShapeKey, WarmUp
 
 
 class Flight(Protocol):
     """A batch on the device. `result` waits for it."""
 
     def ready(self) -> bool: ...
-    def result(self) -> Pictures: ...
+    def result(self) -> Images: ...
 
 
 class Engine(Protocol):

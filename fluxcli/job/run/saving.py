@@ -11,7 +11,7 @@ from types import TracebackType
 
 from fluxcli.core.config import ImageFormat
 from fluxcli.core.errors import FluxcliError, first_line
-from fluxcli.core.records import Batch, Failure, Pictures, PromptRecord, Timing
+from fluxcli.core.records import Batch, Failure, Images, PromptRecord, Timing
 from fluxcli.job.output import images
 from fluxcli.job.output.rows import ManifestRow
 from fluxcli.job.output.sink import Written
@@ -56,17 +56,17 @@ class Saver:
             while self._commits:
                 self._commits.popleft().result()
 
-    def add(self, batch: Batch, pictures: Pictures) -> None:
+    def add(self, batch: Batch, result: Images) -> None:
         """Queues a batch. Waits where too many wait already.
 
         Raises:
             JobError, TooManyFailures: from this batch or one before it.
         """
         saving = [
-            self._encoders.submit(self._save, record, pictures, slot, self._place(record))
+            self._encoders.submit(self._save, record, result, slot, self._place(record))
             for slot, record in enumerate(batch.records)
         ]
-        self._commits.append(self._committer.submit(self._commit, batch, saving, pictures.timing))
+        self._commits.append(self._committer.submit(self._commit, batch, saving, result.timing))
         while len(self._commits) > _COMMITS_AHEAD:
             self._commits.popleft().result()
 
@@ -95,12 +95,12 @@ class Saver:
         self._placed += 1
         return path
 
-    def _save(self, record: PromptRecord, pictures: Pictures, slot: int, place: str) -> "_Saved | Failure":
-        if not pictures.finite[slot]:
+    def _save(self, record: PromptRecord, result: Images, slot: int, place: str) -> "_Saved | Failure":
+        if not result.finite[slot]:
             return Failure(record.id, record.line, "non_finite", "the model's output is not finite for this row")
         start = time.perf_counter()
         try:
-            data = images.encode(pictures.pixels[slot], self._format, record, self._model)
+            data = images.encode(result.pixels[slot], self._format, record, self._model)
             written = self._run.store.write(place, data)
         except FluxcliError:
             raise

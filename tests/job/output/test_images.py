@@ -1,4 +1,4 @@
-"""Pictures carry prompt, seed and settings where viewers look for them."""
+"""Images carry prompt, seed and settings where viewers look for them."""
 
 import io
 import struct
