@@ -16,7 +16,7 @@ ROOT = Path(fluxcli.__file__).parent
 GROUND = ("core", "models.flux1", "models")
 JOB = ("job.output", "job.plan", "job.input", "job.run", "job.report", "job.single", "job.job")
 ENGINE = (
-    "engine.denoise", "engine.runtime", "engine.flight", "engine.attention", "engine.matmul", "engine.ahead",
+    "engine.denoise", "engine.runtime", "engine.flight", "engine.attention", "engine.matmul",
     "engine.layers", "engine.nets", "engine.weights", "engine.text", "engine.vae", "engine.memory", "engine.engine",
 )  # fmt: skip
 TOP = ("api", "bench", "cli", "__main__")

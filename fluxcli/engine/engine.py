@@ -12,7 +12,6 @@ from torch import Tensor
 from fluxcli.core.config import EngineConfig
 from fluxcli.core.records import Batch, PromptRecord, ShapeKey, WarmUp
 from fluxcli.engine import denoise, memory
-from fluxcli.engine.ahead import Ahead
 from fluxcli.engine.attention.backends import Attend, Attention, check, sdpa
 from fluxcli.engine.denoise import StepFunction
 from fluxcli.engine.flight import Clock, InFlight
@@ -67,7 +66,6 @@ class Engine:
         check(config.attention, self._device, self._dtype)
         self.memory = memory.plan(checkpoint, config, shapes)
         multiply: Multiply = Matmul(self._tuner, self._device) if self._cuda else Reference()
-        self._ahead = Ahead(self._device, config.dtype) if self._cuda and config.compile else None
         # Its weights are read while the libraries of the others are imported.
         with load_transformer(checkpoint, self._device, self._dtype, multiply) as self._flux:
             self._attend: Attend = sdpa
@@ -230,8 +228,6 @@ class Engine:
         if not self._cuda:
             yield
             return
-        if self._ahead is not None:
-            self._ahead.wait()
         before = dict(self._tuner.table)
         try:
             with self._tuner.tuning():

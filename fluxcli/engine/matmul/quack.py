@@ -18,7 +18,7 @@ from fluxcli.engine.runtime.compile_cache import share_cute_caches
 # The tile [rows, outputs] of a group that was fastest of five at nearly all of FLUX.1's shapes (jobs/bench/LOG.md).
 _ROWS, _OUTPUTS = 128, 192
 _WAY = f"quack {_ROWS}x{_OUTPUTS}"
-HOPPER = 9
+_HOPPER = 9
 _TMA_ALIGNMENT = 16  # bytes; what Hopper's copy engine asks for
 
 
@@ -36,7 +36,7 @@ class Quack:
     def here(cls, device: str) -> "Quack | None":
         """None where there is no such GPU or no such package. One that is there and cannot be imported, whatever it
         raises, is told."""
-        if torch.cuda.get_device_capability(device)[0] != HOPPER:
+        if torch.cuda.get_device_capability(device)[0] != _HOPPER:
             return None
         share_cute_caches()
         try:
