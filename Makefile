@@ -11,7 +11,7 @@ install: .venv/installed
 	touch $@
 
 test: install
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest --numprocesses auto
 
 # Each in an environment of its own; those that are not installed are told and passed over.
 test-all-pythons:

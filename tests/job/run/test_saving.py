@@ -63,10 +63,10 @@ def test_an_image_that_cannot_be_written_for_its_own_sake_is_a_failed_row(
 ) -> None:
     real = JobStore.write
 
-    def write(self: JobStore, final: Path, data: bytes) -> Any:
-        if final.stem == "p5":
+    def write(self: JobStore, file_name: str, data: bytes) -> Any:
+        if Path(file_name).stem == "p5":
             raise ValueError("embedded null byte")
-        return real(self, final, data)
+        return real(self, file_name, data)
 
     monkeypatch.setattr(JobStore, "write", write)
     assert harness.run(rows, tmp_path / "job") == 3
@@ -76,14 +76,14 @@ def test_an_image_that_cannot_be_written_for_its_own_sake_is_a_failed_row(
 
 
 def test_a_disk_that_cannot_be_written_ends_the_run(rows: Path, tmp_path: Path, monkeypatch) -> None:
-    real = Path.open
+    real = os.open
 
-    def full(self: Path, *args: Any, **kwargs: Any) -> Any:
-        if self.name == ".p5.png.tmp":
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
-        return real(self, *args, **kwargs)
+    def full(path: Any, *args: Any, **kwargs: Any) -> int:
+        if str(path).startswith(".p5.png"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return real(path, *args, **kwargs)
 
-    monkeypatch.setattr(Path, "open", full)
+    monkeypatch.setattr(os, "open", full)
     with pytest.raises(JobError, match="No space left"):
         harness.run(rows, tmp_path / "job")
     assert not (tmp_path / "job" / "failures.jsonl").exists()
