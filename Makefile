@@ -20,7 +20,7 @@ test-all-pythons:
 			echo "python$$version"; \
 			python$$version -m venv .venv/python$$version; \
 			.venv/python$$version/bin/pip install --quiet --editable '.[test]'; \
-			.venv/python$$version/bin/python -m pytest; \
+			.venv/python$$version/bin/python -m pytest --numprocesses auto; \
 		else \
 			echo "python$$version is not installed here: passed over"; \
 		fi; \
