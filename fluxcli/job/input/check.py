@@ -7,11 +7,12 @@ import math
 import re
 from typing import Any, NamedTuple
 
-from fluxcli.core.config import RowDefaults
+from fluxcli.core.config import MAX_STEPS, RowDefaults
 from fluxcli.core.errors import RowError
 from fluxcli.core.records import PromptRecord
 from fluxcli.core.terminal import printable
 from fluxcli.job.input.keys import NO_COLUMNS, Columns, Schema, schema_of
+from fluxcli.models.flux1.family import FLUX1
 
 MAX_IMAGES_PER_ROW = 10_000
 MAX_SEED = 2**64 - 1  # the largest that torch takes
@@ -70,7 +71,7 @@ def images_of(row: dict[str, Any], schema: Schema, index: int, line: int, defaul
                 given |= _size_of(given)
             width = _side("width", given, width)
             height = _side("height", given, height)
-            steps = _integer("num_inference_steps", given, 1, 1000, steps)
+            steps = _integer("num_inference_steps", given, 1, MAX_STEPS, steps)
             guidance = _guidance(given, guidance)
             copies = _integer("num_images", given, 1, MAX_IMAGES_PER_ROW, copies)
             seed = _seed(given)
@@ -186,9 +187,9 @@ def _seed(given: dict[str, Any]) -> int:
 
 
 def _side(key: str, given: dict[str, Any], default: int) -> int:
-    value = _integer(key, given, 64, 4096, default)
-    if value % 16:
-        raise RowError(f"{key} must be a multiple of 16, got {value}")
+    value = _integer(key, given, *FLUX1.sides, default)
+    if not FLUX1.draws(value):
+        raise RowError(f"{key} must be a multiple of {FLUX1.token_side}, got {value}")
     return value
 
 
