@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from fluxcli.core.config import EngineConfig, ImageFormat
-from fluxcli.core.files import json_line
-from fluxcli.core.records import PromptRecord
+from fluxcli.core.records import PromptRecord, Timing
 from fluxcli.job.input.read import PromptFile
 from fluxcli.job.job import Job
 from fluxcli.job.output.committed import record_settings
+from fluxcli.job.output.rows import ManifestRow, write
 from fluxcli.job.output.sink import FILES_PER_DIRECTORY
 from fluxcli.job.output.store import JobStore
 from fluxcli.models.checkpoints import resolve
@@ -58,8 +58,13 @@ def write_finished(made: Job, records: "list[PromptRecord]") -> None:
                 path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(b"x")
             os.utime(path, ns=(nanoseconds, nanoseconds))
-            row = {"id": record.id, "file_name": name, "sha256": "0" * 64, **record_settings(record)}
-            manifest.write(json_line({**row, "run": 0, "finished_at": stamp, "meta": {"source": "bench"}}))
+            row = ManifestRow(
+                id=record.id, file_name=name, sha256="0" * 64, **record_settings(record),
+                text_tokens=record.text_tokens, text_length=record.text_length, truncated=False,
+                batch={"index": number // 16, "size": 16, "slot": number % 16},
+                timing=Timing(0.004, 3.01, 0.03, 0.09).as_row(), run=0, finished_at=stamp, meta={"source": "bench"},
+            )  # fmt: skip
+            manifest.write(write(row))
 
 
 def measure(what: str, model: str, rows: Path, directory: Path) -> dict[str, Any]:
@@ -74,7 +79,7 @@ def measure(what: str, model: str, rows: Path, directory: Path) -> dict[str, Any
     else:
         store = JobStore(directory, made.identity, ".png", print)
         found = {"images": store.images, "directory_s": round(time.perf_counter() - start, 3)}
-        intake = made._take_in(PromptFile(str(rows)), store.status)
+        intake = made._take_in(PromptFile(str(rows)), store.status, print)
         assert (intake.done, len(intake.groups)) == (intake.rows, 0)
         store.close()
     seconds = time.perf_counter() - start
