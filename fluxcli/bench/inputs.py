@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fluxcli.core.records import TOKEN_SIDE, ShapeKey
+from fluxcli.core.family import TOKEN_SIDE
+from fluxcli.core.records import ShapeKey
 from fluxcli.engine import denoise
 from fluxcli.engine.nets.flux1 import Flux
 from fluxcli.engine.runtime.device import DTYPES

@@ -25,7 +25,6 @@ from fluxcli.cli.options import (
 )
 from fluxcli.cli.settings import batch_sizes, load_engine, say, settings
 from fluxcli.core import config
-from fluxcli.core.files import json_text
 
 
 @click.command(epilog=example("fluxcli batch prompts.jsonl -o out --batch-size 16"))
@@ -84,6 +83,7 @@ def batch(
 
     The same command again finishes what is missing.
     """
+    from fluxcli.core.files import json_text
     from fluxcli.engine.runtime import device
     from fluxcli.job.input.keys import Columns
     from fluxcli.job.input.read import is_descriptor

@@ -4,6 +4,8 @@ sizes it draws. Torch-free, and no more than data: `models/flux1/family.py` is t
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+TOKEN_SIDE = 16  # pixels along a side of one image token: 8 of the VAE, 2 of the packing
+
 
 @dataclass(frozen=True)
 class Part:

@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fluxcli.core.family import TOKEN_SIDE
+
 if TYPE_CHECKING:
     import numpy as np
-
-
-TOKEN_SIDE = 16  # pixels along a side of one image token: 8 of the VAE, 2 of the packing
 
 
 class ShapeKey(NamedTuple):

@@ -1,7 +1,6 @@
 """What FLUX.1 is: dev, schnell, Krea and what was made of them."""
 
-from fluxcli.core.family import Family, Part
-from fluxcli.core.records import TOKEN_SIDE
+from fluxcli.core.family import TOKEN_SIDE, Family, Part
 
 _BACKEND = "PreTrainedTokenizerFast"  # reads any tokenizer.json as it stands
 
