@@ -121,7 +121,16 @@ class Lock:
             FileNotFoundError: the directory is no longer the one locked: moved, or its mount gone.
             JobError: another process owns it by now.
         """
-        if not os.path.samestat(os.fstat(self._file), self._path.lstat()):
+        try:
+            there = self._path.lstat()
+        except FileNotFoundError:
+            if not self._directory.is_dir():
+                raise
+            raise JobError(
+                f"{self._directory}: its .lock is gone: another process took this job over and has ended since; this "
+                "one stops. Nothing committed is lost; run again to go on"
+            ) from None
+        if not os.path.samestat(os.fstat(self._file), there):
             raise FileNotFoundError(errno.ENOENT, "the job's directory was replaced by another", str(self._directory))
         now = time.monotonic()
         if lately and now - self._checked < _HEARTBEAT:

@@ -37,6 +37,15 @@ def test_an_owner_on_a_machine_of_the_same_name_is_believed(tmp_path: Path, monk
     first.release()
 
 
+def test_an_owner_whose_successor_has_ended_commits_nothing_either(tmp_path: Path) -> None:
+    owner = Lock(tmp_path)
+    (tmp_path / ".lock").unlink()
+    for check in (owner.check, lambda: owner.check(lately=True)):
+        with pytest.raises(JobError, match=r"its \.lock is gone: another process took this job over"):
+            check()
+    owner.release()
+
+
 @pytest.mark.usefixtures("unlocked")
 def test_an_owner_taken_for_dead_commits_nothing_when_it_wakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     on("one", monkeypatch)
