@@ -58,7 +58,7 @@ class Engine:
         self._device, self._dtype = config.device, DTYPES[config.dtype]
         self._cuda = self._device.startswith("cuda")
         self._cache = CompileCache(checkpoint, config)
-        self._tuner = Tuner(self._device, self._cache.read(_CHOICES))
+        self._tuner = Tuner(self._device, self._cache.read(_CHOICES) if self._cuda else None)
         if self._cuda:
             torch.cuda.set_device(self._device)
             self._copies = torch.cuda.Stream()

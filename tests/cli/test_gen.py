@@ -230,6 +230,11 @@ def test_a_local_model_is_known_by_its_last_part(inside, pipeline, tmp_path: Pat
         assert result.json["model"] == str(name)
 
 
+def test_a_cpu_that_compiles_nothing_needs_no_cache(inside, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLUXCLI_CACHE", "/proc/none")
+    assert inside("gen", "a", *SMALL).returncode == 0
+
+
 # A disk that cannot be written
 
 

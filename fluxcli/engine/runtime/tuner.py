@@ -38,11 +38,11 @@ class Tuner:
         known: an earlier process's table.
     """
 
-    def __init__(self, device: str, known: Mapping[str, str] | None = None) -> None:
+    def __init__(self, device: str, known: Mapping[str, object] | None = None) -> None:
         self._device = device
         self._tuning = False
         self._told: set[str] = set()
-        self.table = dict(known or {})
+        self.table = {problem: way for problem, way in (known or {}).items() if isinstance(way, str)}
 
     @contextmanager
     def tuning(self) -> Iterator[None]:

@@ -61,6 +61,10 @@ def test_what_an_earlier_process_chose_is_not_timed_again(monkeypatch: pytest.Mo
         assert made.run("a matmul", ways(one=1, other=2)) == 2
 
 
+def test_what_is_no_choice_in_a_file_is_none() -> None:
+    assert Tuner("cpu", {"a matmul": ["other"], "another": "one"}).table == {"another": "one"}
+
+
 def test_a_choice_that_is_no_longer_there_is_made_anew() -> None:
     made = Tuner("cpu", {"a matmul": "gone"})
     assert made.run("a matmul", ways(one=3, other=2)) == 3
