@@ -16,7 +16,7 @@ from fluxcli.cli.settings import say
 from fluxcli.job.run import progress
 from tests.cli.conftest import SMALL
 from tests.conftest import ENVIRONMENT, read_rows, write_rows
-from tests.faults import harness
+from tests.job import harness
 
 FLUXCLI = f"{sys.executable} -m fluxcli"
 

@@ -15,7 +15,7 @@ from fluxcli.core.records import PromptRecord
 from fluxcli.job.input.check import check_row, derived_seed
 from fluxcli.job.input.intake import Intake, OneRow, take_in
 from fluxcli.job.output.committed import committed_status, read_committed, record_settings
-from tests.faults import harness
+from tests.job import harness
 from tests.job.input.conftest import DEFAULTS, LENGTHS, images, take
 
 SCHNELL = RowDefaults(1024, 1024, 4, None)

@@ -18,7 +18,7 @@ from fluxcli.job.output.lock import Lock
 from fluxcli.job.report.repair import alone, repair
 from fluxcli.job.report.verify import verify
 from tests.conftest import read_rows
-from tests.faults import harness
+from tests.job import harness
 
 
 @pytest.fixture

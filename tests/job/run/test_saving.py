@@ -16,7 +16,7 @@ from fluxcli.job.output import images
 from fluxcli.job.output.store import JobStore
 from fluxcli.job.report.verify import verify
 from tests.conftest import read_rows, write_rows
-from tests.faults import harness
+from tests.job import harness
 
 
 @pytest.fixture

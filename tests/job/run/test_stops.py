@@ -11,7 +11,7 @@ import pytest
 from fluxcli.job.input.read import PromptFile
 from fluxcli.job.run import signals
 from tests.conftest import read_rows
-from tests.faults import harness
+from tests.job import harness
 
 
 def stopped(job: Callable[[], Any], said: Path) -> int:

@@ -7,8 +7,8 @@ from pathlib import Path
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.faults import harness
-from tests.faults.harness import SeedEngine
+from tests.job import harness
+from tests.job.harness import SeedEngine
 
 LENGTHS = [(64, 64), (64, 80), (96, 64)]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fluxcli.job.report.verify import verify
-from tests.faults import harness
+from tests.job import harness
 
 WHEN = {"write": ("before", "midway", "after")}
 # Enough to reach every call of a run with three batches and eleven images, and a few beyond the last.

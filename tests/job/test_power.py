@@ -18,7 +18,7 @@ from fluxcli.job.output.store import JobStore
 from fluxcli.job.report.repair import alone, repair
 from fluxcli.job.report.verify import verify
 from tests.conftest import read_rows
-from tests.faults import harness, power
+from tests.job import harness, power
 
 ROWS = 7
 JOB = Path("new", "job")  # below a directory that the job makes too

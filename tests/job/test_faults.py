@@ -23,8 +23,8 @@ from fluxcli.job.output.store import JobStore
 from fluxcli.job.report.verify import verify
 from fluxcli.job.run.saving import TooManyFailures
 from tests.conftest import read_rows
-from tests.faults import harness
-from tests.faults.harness import SeedEngine
+from tests.job import harness
+from tests.job.harness import SeedEngine
 
 
 @pytest.fixture
