@@ -31,6 +31,7 @@ def load(
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
     compile: bool | None = None,
     attention: str = "auto",
+    quantization: Literal["none", "fp8"] = "none",
     text_lengths: Sequence[int] = config.TEXT_LENGTHS,
 ) -> "Model":
     """Loads a model: a hub id, a pipeline directory, `tiny`, or `random:flux-dev`.
@@ -38,6 +39,7 @@ def load(
     Args:
         device: "cuda", "cuda:N", "cpu", or "auto" for the GPU where there is one.
         compile: prepare each shape at its first use; None does on a GPU.
+        quantization: "fp8" for the large matmuls in 8 bits.
         text_lengths: buckets of prompt length in T5 tokens; (512,) is the reference setting.
 
     Raises:
@@ -46,7 +48,7 @@ def load(
     from fluxcli.engine.engine import Engine
 
     lengths = _buckets(text_lengths)
-    checkpoint, engine = _settled(model, revision, device, dtype, compile, attention)
+    checkpoint, engine = _settled(model, revision, device, dtype, compile, attention, quantization)
     return Model(checkpoint, Engine(checkpoint, engine), lengths)
 
 
@@ -115,6 +117,7 @@ class Job:
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     compile: bool | None = None
     attention: str = "auto"
+    quantization: Literal["none", "fp8"] = "none"
     text_lengths: Sequence[int] = config.TEXT_LENGTHS
     batch_size: int = config.BATCH_SIZE
     width: int | None = None
@@ -148,7 +151,8 @@ class Job:
         _one_of("format", self.format, config.FORMATS)
         _between("quality", self.quality, 100)
         _between("batch_size", self.batch_size, config.MOST_IMAGES)
-        checkpoint, engine = _settled(self.model, self.revision, self.device, self.dtype, self.compile, self.attention)
+        machine = (self.device, self.dtype, self.compile, self.attention, self.quantization)
+        checkpoint, engine = _settled(self.model, self.revision, *machine)
         made = job.Job(
             os.fspath(self.input),
             Path(self.output),
@@ -168,7 +172,13 @@ class Job:
 
 
 def _settled(
-    model: str | os.PathLike[str], revision: str | None, device: str, dtype: str, compile: bool | None, attention: str
+    model: str | os.PathLike[str],
+    revision: str | None,
+    device: str,
+    dtype: str,
+    compile: bool | None,
+    attention: str,
+    quantization: str,
 ) -> "tuple[Checkpoint, EngineConfig]":
     from fluxcli.engine.runtime import device as devices
     from fluxcli.models import checkpoints
@@ -177,7 +187,9 @@ def _settled(
         raise UsageError(f"device must be auto, cuda, cuda:N or cpu, got {device!r}")
     _one_of("dtype", dtype, ("auto", *config.DTYPES))
     _one_of("attention", attention, ("auto", *config.ATTENTION))
-    return checkpoints.resolve(os.fspath(model), revision), devices.resolve(device, dtype, compile, attention)
+    _one_of("quantization", quantization, config.QUANTIZATION)
+    settled = devices.resolve(device, dtype, compile, attention, quantization)
+    return checkpoints.resolve(os.fspath(model), revision), settled
 
 
 def _row_defaults(

@@ -52,6 +52,7 @@ class Machine:
     device: str
     compile: bool | None
     attention: str
+    quantization: str
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,13 @@ machine_options = _group(
         default="auto",
         show_default=True,
         help="The library for it. auto: the fastest for each shape, measured once.",
+    ),
+    click.option(
+        "--quantization",
+        type=choice(*config.QUANTIZATION),
+        default="none",
+        show_default=True,
+        help="fp8: the large matmuls in 8-bit floating point. Faster and half the memory; images differ a little.",
     ),
 )
 text_lengths_option = click.option(

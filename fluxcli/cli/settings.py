@@ -79,7 +79,7 @@ def engine_settings(machine: "Machine") -> config.EngineConfig:
     from fluxcli.engine.attention import backends
     from fluxcli.engine.runtime import device
 
-    settled = device.resolve(machine.device, machine.dtype, machine.compile, machine.attention)
+    settled = device.resolve(machine.device, machine.dtype, machine.compile, machine.attention, machine.quantization)
     backends.check(settled.attention, settled.device, device.DTYPES[settled.dtype])
     return settled
 

@@ -7,6 +7,7 @@ MAX_TEXT_LENGTH = 512  # what FluxPipeline accepts as max_sequence_length
 BATCH_SIZE = 8
 MOST_IMAGES = 1024  # in a batch
 DTYPES = ("bfloat16", "float16", "float32")
+QUANTIZATION = ("none", "fp8")
 ATTENTION = ("cudnn", "fa4", "fa3", "fa2", "sdpa")
 MAX_STEPS = 1000  # denoising steps that a row may ask for
 FORMATS = ("png", "jpg", "webp")
@@ -27,12 +28,18 @@ class RowDefaults:
 class EngineConfig:
     """How the engine runs. `device` is "cpu" or "cuda:N"; `dtype` a torch dtype's name; `compile` whether each shape is
     prepared ahead, as captured graphs on CUDA and by torch.compile on a CPU; `attention` may be "auto", which the
-    engine settles by measuring at warm-up."""
+    engine settles by measuring at warm-up; `quantization` is one of `QUANTIZATION`."""
 
     device: str
     dtype: str
     compile: bool
     attention: str = "auto"
+    quantization: str = "none"
+
+    @property
+    def fp8(self) -> bool:
+        """Whether the large matmuls of the blocks are in 8 bits."""
+        return self.quantization == "fp8"
 
     @property
     def pads_batches(self) -> bool:

@@ -57,6 +57,9 @@ class Engine:
         self.config = config
         self._device, self._dtype = config.device, DTYPES[config.dtype]
         self._cuda = self._device.startswith("cuda")
+        # Whether images are denoised one by one. Numbers in 8 bits turn the last bit of a sum into a step of a
+        # sixteenth, so that an image would depend on how many are summed up beside it; a CPU gains nothing from that.
+        self._singly = config.fp8 and not self._cuda
         self._cache = CompileCache(checkpoint, config)
         self._tuner = Tuner(self._device, self._cache.read(_CHOICES) if self._cuda else None)
         if self._cuda:
@@ -67,7 +70,7 @@ class Engine:
         self.memory = memory.plan(checkpoint, config, shapes)
         multiply: Multiply = Matmul(self._tuner, self._device) if self._cuda else Reference()
         # Its weights are read while the libraries of the others are imported.
-        with load_transformer(checkpoint, self._device, self._dtype, multiply) as self._flux:
+        with load_transformer(checkpoint, self._device, self._dtype, multiply, config.fp8) as self._flux:
             self._attend: Attend = sdpa
             if self._cuda:
                 self._attend = Attention(config.attention, self._tuner, self._device, self._dtype)
@@ -144,7 +147,11 @@ class Engine:
         clock = Clock(self._cuda)
         txt, vec = self._encode(batch.key, [record.prompt for record in records])
         clock.mark()
-        img = self._denoise(batch, records, txt, vec, prepared.step)
+        if self._singly:
+            parts = zip([[record] for record in records], txt.split(1), vec.split(1), strict=True)
+            img = torch.cat([self._denoise(batch, *part, prepared.step) for part in parts])
+        else:
+            img = self._denoise(batch, records, txt, vec, prepared.step)
         clock.mark()
         pixels, finite = self._decoder(denoise.unpack(img, *self._latent_size(batch.key)))
         clock.mark()
@@ -184,6 +191,8 @@ class Engine:
             yield from zip(self._flux.modulations(part, guidance, vec), dts, strict=True)
 
     def _prepare(self, key: ShapeKey) -> _Prepared:
+        if self._singly:
+            key = key._replace(batch_size=1)
         if key not in self._prepared:
             height, width = self._latent_size(key)
             config = self._flux.config

@@ -51,11 +51,11 @@ class MemoryPlan:
 
 
 class Needs:
-    """Bytes that one checkpoint needs in one dtype."""
+    """Bytes that one checkpoint needs in one dtype, with the denoiser's blocks in 8 bits where `fp8`."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, fp8: bool = False) -> None:
         parts = ("transformer", "text_encoder", "text_encoder_2", "vae")
-        self._weights = {part: size(checkpoint, part, dtype) for part in parts}
+        self._weights = {part: size(checkpoint, part, dtype, fp8) for part in parts}
         self._flux = FluxConfig.from_json(checkpoint.transformer)
         self._t5 = read_json(checkpoint.directory / "text_encoder_2" / "config.json")
         self._width = torch.empty((), dtype=dtype, device="meta").element_size()
@@ -100,7 +100,7 @@ def plan(
     """
     if not config.device.startswith("cuda") or not shapes:
         return MemoryPlan()
-    needs = Needs(checkpoint, DTYPES[config.dtype])
+    needs = Needs(checkpoint, DTYPES[config.dtype], config.fp8)
     there = free(config.device) if available is None else available
     wanted, least = needs.shapes(shapes), needs.shapes([key._replace(batch_size=1) for key in shapes])
     for visiting in (False, True):
@@ -110,9 +110,10 @@ def plan(
     if needed <= there:
         return MemoryPlan(True, needed, there)
     largest = max(shapes, key=lambda key: (key.height * key.width, key.text_length))
+    numbers = "fp8" if config.fp8 else config.dtype
     raise OutOfMemory(
         f"--model {checkpoint.name} does not fit: one image of {largest.width}x{largest.height} with "
-        f"{largest.text_length} text tokens needs {_gb(needed)} in {config.dtype}, T5 on the host, and {_gb(there)} of "
+        f"{largest.text_length} text tokens needs {_gb(needed)} in {numbers}, T5 on the host, and {_gb(there)} of "
         f"{config.device} are free; use a GPU with more memory or smaller images"
     )
 
@@ -123,7 +124,8 @@ class LargestBatch:
     def __init__(self, checkpoint: Checkpoint, config: EngineConfig) -> None:
         self._needs = None
         if config.device.startswith("cuda"):
-            self._needs, self._free = Needs(checkpoint, DTYPES[config.dtype]), free(config.device)
+            self._needs = Needs(checkpoint, DTYPES[config.dtype], config.fp8)
+            self._free = free(config.device)
 
     def __call__(self, group: Group) -> int:
         if self._needs is None:

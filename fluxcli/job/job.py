@@ -64,6 +64,7 @@ class Job:
         }
         options = {
             "dtype": self.engine.dtype,
+            **({"quantization": self.engine.quantization} if self.engine.fp8 else {}),
             "text_lengths": list(self.text_lengths),
             "width": self.defaults.width,
             "height": self.defaults.height,

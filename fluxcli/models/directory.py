@@ -19,12 +19,10 @@ INDEX = "model_index.json"
 # Each is a whole vocabulary. Where none is there, transformers makes an empty one up and says nothing.
 SPIECE = ("spiece.model",)
 VOCABULARIES = (("tokenizer.json",), SPIECE, ("vocab.json", "merges.txt"))
-_FLOAT8 = ("F8_E4M3", "F8_E5M2")
 # What bitsandbytes, torchao, quanto and their like store beside or in place of a weight.
 _QUANTISED = re.compile(
     r"\.((nested_)?(absmax|quant_map)|quant_state\.\w+|SCB|weight_format|_data|_scale|qweight|qzeros|wscales)$"
 )
-_SCALED = re.compile(r"(\.(weight_scale|scale_weight|input_scale|scale_input)|^scaled_fp8)$")
 
 
 def check(directory: Path, family: Family, *, random: bool = False) -> None:
@@ -128,15 +126,10 @@ def _reads_spiece() -> bool:
 
 def _check_weights(path: Path, placed: frozenset[str] | None) -> None:
     header = read_header(path)
-    float8 = any(entry.dtype in _FLOAT8 for entry in header.entries)
     for entry in header.entries:
         if _QUANTISED.search(entry.name):
             raise ModelError(
                 f"{path}: holds {shown(entry.name)}: the weights are quantised; fluxcli needs the original ones"
-            )
-        if float8 and _SCALED.search(entry.name):
-            raise ModelError(
-                f"{path}: holds {shown(entry.name)}: scaled float8; fluxcli needs weights that need no scales"
             )
     if placed is not None and (absent := sorted(placed - {entry.name for entry in header.entries})):
         more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""

@@ -170,11 +170,6 @@ CASES: dict[str, tuple[Change, str]] = {
         tensors("text_encoder_2", lambda given: given | {"a._data": torch.zeros(3), "a._scale": torch.zeros(3)}),
         r"holds a._",
     ),
-    "scaled float8": (tensors("transformer", float8("weight_scale")), r"weight_scale: scaled float8"),
-    "scaled float8, another spelling": (
-        tensors("text_encoder_2", float8("scale_weight")),
-        r"scale_weight: scaled float8",
-    ),
     # Files that are not what their names say.
     "a git-lfs pointer": (
         bytes_in(TRANSFORMER, POINTER),
@@ -389,6 +384,8 @@ HARMLESS: dict[str, Change] = {
         model / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
     ).write_text('{"weight_map": {"a": "gone.safetensors"}}'),
     "a single variant": renamed(TRANSFORMER, "transformer/diffusion_pytorch_model.bf16.safetensors"),
+    "scaled float8": tensors("transformer", float8("weight_scale")),
+    "scaled float8, another spelling": tensors("text_encoder_2", float8("scale_weight")),
     "float8 without scales": tensors(
         "transformer", lambda given: {name: each.to(torch.float8_e4m3fn) for name, each in given.items()}
     ),

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fluxcli.engine.matmul.scaled import Scaled, row_scaled
+
 NORM_EPS = 1e-6  # of every LayerNorm and RMSNorm in FLUX.1
 HALF_MAX = 65504.0  # the largest float16; the residual stream of FLUX leaves it now and then, and is clipped
 
@@ -19,14 +21,15 @@ class Modulation(NamedTuple):
 
 
 def add_and_modulate(
-    x: Tensor, gate: Tensor | None, update: Tensor | None, shift: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, gate: Tensor | None, update: Tensor | None, shift: Tensor, scale: Tensor, fp8: bool = False
+) -> tuple[Tensor, Tensor | Scaled]:
     """The sum x + gate * update, or x where neither is given; and its LayerNorm, without weights, times 1 + scale, plus
     shift.
 
     Args:
         x, update: [B, S, D], of any strides between tokens and batches.
         gate, shift, scale: [B, D], of any stride between batches.
+        fp8: the norm is to be in 8 bits, a scale for each token.
 
     Returns:
         Both [B, S, D]; the sum is x itself where nothing is added.
@@ -34,10 +37,11 @@ def add_and_modulate(
     if x.is_cuda:
         from fluxcli.engine.layers import norm_triton
 
-        return norm_triton.add_and_modulate(x, gate, update, shift, scale, NORM_EPS, HALF_MAX)
+        return norm_triton.add_and_modulate(x, gate, update, shift, scale, NORM_EPS, HALF_MAX, fp8)
     if gate is not None and update is not None:
         x = gated_sum(x, gate, update)
-    return x, F.layer_norm(x, x.shape[-1:], eps=NORM_EPS) * (1 + scale[:, None]) + shift[:, None]
+    normed = F.layer_norm(x, x.shape[-1:], eps=NORM_EPS) * (1 + scale[:, None]) + shift[:, None]
+    return x, row_scaled(normed) if fp8 else normed
 
 
 def gated_sum(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:

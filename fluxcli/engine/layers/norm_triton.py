@@ -6,12 +6,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fluxcli.engine.layers.scaling_triton import bounded, largest, scale_of, to_e4m3
+from fluxcli.engine.matmul.scaled import E4M3, Scaled
+
 
 @triton.jit
 def _modulate(
-    x, update, gate, shift, scale, total, out,
+    x, update, gate, shift, scale, total, out, out_scale,
     tokens, x_batch, x_token, update_batch, update_token, gate_batch, shift_batch, scale_batch, dim, eps,
-    BLOCK: tl.constexpr, UPDATE: tl.constexpr, LIMIT: tl.constexpr,
+    BLOCK: tl.constexpr, UPDATE: tl.constexpr, LIMIT: tl.constexpr, FP8: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
     # One program per token: its row stays in registers between the sum, the norm and both stores.
     row = tl.program_id(0)
@@ -33,22 +36,30 @@ def _modulate(
     normed = centred * tl.rsqrt(tl.sum(centred * centred, axis=0) / dim + eps)
     factor = 1.0 + tl.load(scale + batch * scale_batch + column, mask=mask, other=0.0).to(tl.float32)
     result = normed * factor + tl.load(shift + batch * shift_batch + column, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + own, result.to(value.dtype), mask=mask)
+    if FP8:
+        result = tl.where(mask, bounded(result, MOST), 0.0)
+        row_scale = scale_of(largest(result))
+        tl.store(out + own, to_e4m3(result, row_scale), mask=mask)
+        tl.store(out_scale + row, row_scale)
+    else:
+        tl.store(out + own, result.to(value.dtype), mask=mask)
 
 
 def add_and_modulate(
-    x: Tensor, gate: Tensor | None, update: Tensor | None, shift: Tensor, scale: Tensor, eps: float, half_max: float
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, gate: Tensor | None, update: Tensor | None, shift: Tensor, scale: Tensor, eps: float, half_max: float,
+    fp8: bool = False,
+) -> tuple[Tensor, Tensor | Scaled]:  # fmt: skip
     """See `norm.add_and_modulate`. float16 is clipped at `half_max`."""
     batch, tokens, dim = x.shape
-    out = torch.empty((batch, tokens, dim), dtype=x.dtype, device=x.device)
-    total = x if update is None else torch.empty_like(out)
+    out = torch.empty((batch, tokens, dim), dtype=E4M3 if fp8 else x.dtype, device=x.device)
+    out_scale = torch.empty((batch, tokens), dtype=torch.float32, device=x.device) if fp8 else x
+    total = x if update is None else torch.empty((batch, tokens, dim), dtype=x.dtype, device=x.device)
     update_strides = (0, 0) if update is None else update.stride()[:2]
     modulation_strides = (0 if gate is None else gate.stride(0), shift.stride(0), scale.stride(0))
     _modulate[(batch * tokens,)](
-        x, x if update is None else update, x if gate is None else gate, shift, scale, total, out,
+        x, x if update is None else update, x if gate is None else gate, shift, scale, total, out, out_scale,
         tokens, *x.stride()[:2], *update_strides, *modulation_strides, dim, eps,
         BLOCK=triton.next_power_of_2(dim), UPDATE=update is not None,
-        LIMIT=half_max if x.dtype == torch.float16 else 0, num_warps=8,
+        LIMIT=half_max if x.dtype == torch.float16 else 0, FP8=fp8, MOST=torch.finfo(x.dtype).max, num_warps=8,
     )  # fmt: skip
-    return total, out
+    return total, Scaled(out, out_scale) if fp8 else out

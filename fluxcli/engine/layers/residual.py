@@ -5,6 +5,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from fluxcli.engine.layers.norm import Modulation, add_and_modulate, gated_sum
+from fluxcli.engine.matmul.scaled import Scaled
 
 
 class Residual(NamedTuple):
@@ -23,9 +24,9 @@ class Residual(NamedTuple):
         assert self.update is None, "an update would be lost"
         return Residual(self.x, gate, update)
 
-    def norm(self, modulation: Modulation) -> tuple["Residual", Tensor]:
-        """The stream with nothing left to add, and its modulated LayerNorm [B, S, D]."""
-        total, normed = add_and_modulate(self.x, self.gate, self.update, modulation.shift, modulation.scale)
+    def norm(self, modulation: Modulation, fp8: bool) -> tuple["Residual", Tensor | Scaled]:
+        """The stream with nothing left to add, and its modulated LayerNorm [B, S, D], in 8 bits where `fp8`."""
+        total, normed = add_and_modulate(self.x, self.gate, self.update, modulation.shift, modulation.scale, fp8)
         return Residual(total), normed
 
     def tail(self, first: int) -> "Residual":

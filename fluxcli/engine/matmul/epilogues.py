@@ -5,9 +5,10 @@ from typing import Any
 
 from quack.activation import gelu_tanh_approx
 from quack.epilogue.frontend import gemm_epilogue
-from quack.epilogue.ops import RowVecLoad, TileLoad
+from quack.epilogue.ops import ColVecLoad, RowVecLoad, TileLoad
 
-_bias, _curved = RowVecLoad("bias"), RowVecLoad("curved")  # a value for each output
+_bias, _curved, _outputs = RowVecLoad("bias"), RowVecLoad("curved"), RowVecLoad("outputs")  # a value for each output
+_tokens = ColVecLoad("tokens")  # a value for each row
 _more = TileLoad("more")  # a value for each row and output
 
 
@@ -31,3 +32,9 @@ def gelu_in_part(acc: Any, bias: Any, curved: Any) -> dict[str, Any]:
 @gemm_epilogue(ops={"more": _more})
 def add(acc: Any, more: Any) -> dict[str, Any]:
     return {"D": more + acc}
+
+
+@gemm_epilogue(ops={"tokens": _tokens, "outputs": _outputs, "bias": _bias})
+def scaled(acc: Any, tokens: Any, outputs: Any, bias: Any) -> dict[str, Any]:
+    """Of numbers in 8 bits, by the scales of their rows and of the weight's."""
+    return {"D": acc * tokens * outputs + bias}

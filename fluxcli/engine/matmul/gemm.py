@@ -1,5 +1,6 @@
 """A matmul of a layer, as every backend is handed it, and what a backend is.
 
+scaled   numbers in 8 bits
 torch_   the plain reference, and torch's own calls on CUDA
 quack    quack-kernels, on Hopper where it is installed
 matmul   each problem by the fastest of these
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from fluxcli.engine.matmul.layout import adjacent, alignment
@@ -22,6 +24,8 @@ class Gemm:
         gelu: the result goes through GELU in its tanh form.
         out: where the result goes, None for a new tensor; its rows, and its batches, may lie apart.
         add: the result, which has no bias then, is added to what `out` holds, which is contiguous.
+        scales: of an x and a weight in 8 bits, whose values these are then: what each row [...] of x and each row [N]
+            of the weight is multiplied by, in float32. The result is in the bias's dtype; no `gelu`, no `add`.
     """
 
     x: Tensor
@@ -30,6 +34,15 @@ class Gemm:
     gelu: bool = False
     out: Tensor | None = None
     add: bool = False
+    scales: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The result's."""
+        if self.scales is None:
+            return self.x.dtype
+        assert self.bias is not None and not (self.gelu or self.add)
+        return self.bias.dtype
 
     @property
     def rows(self) -> int:
@@ -43,6 +56,11 @@ class Gemm:
     def one_matrix(self) -> bool:
         """Whether the rows of all batches can be taken as those of one matrix."""
         return adjacent(self.x) and (self.out is None or adjacent(self.out))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The result's."""
+        return *self.x.shape[:-1], self.weight.shape[0]
 
     @property
     def kind(self) -> str:
@@ -59,7 +77,8 @@ class Gemm:
         else:
             result = (0 if one else out.stride(0), out.stride(-2))
         numbers = (batches, self.rows // batches, x.shape[-1], outputs, *strides, *result, alignment(*self.tensors))
-        return f"{self.kind} {str(x.dtype).removeprefix('torch.')} {'x'.join(map(str, numbers))}"
+        dtypes = " ".join(str(each).removeprefix("torch.") for each in dict.fromkeys((x.dtype, self.dtype)))
+        return f"{self.kind} {dtypes} {'x'.join(map(str, numbers))}"
 
 
 class Backend(Protocol):

@@ -18,6 +18,8 @@ from fluxcli.engine.runtime.compile_cache import share_cute_caches
 # The tile [rows, outputs] of a group that was fastest of five at nearly all of FLUX.1's shapes (jobs/bench/LOG.md).
 _ROWS, _OUTPUTS = 128, 192
 _WAY = f"quack {_ROWS}x{_OUTPUTS}"
+# In 8 bits a tile takes more registers: the chip's own sums hold few bits, and are added up beside it in float32.
+_TILES = {f"quack {rows}x{outputs}": (rows, outputs) for rows, outputs in ((128, 192), (128, 160), (128, 128))}
 _HOPPER = 9
 _TMA_ALIGNMENT = 16  # bytes; what Hopper's copy engine asks for
 
@@ -28,9 +30,10 @@ class Quack:
     def __init__(self, epilogues: Any, config: Any, release: str) -> None:
         self.release = release
         self._epilogues = epilogues
-        self._config = config(
-            tile_m=_ROWS, tile_n=_OUTPUTS, pingpong=True, cluster_m=2, is_dynamic_persistent=False
-        )  # fmt: skip
+        self._configs = {
+            way: config(tile_m=rows, tile_n=outputs, pingpong=True, cluster_m=2, is_dynamic_persistent=False)
+            for way, (rows, outputs) in _TILES.items()
+        }
 
     @classmethod
     def here(cls, device: str) -> "Quack | None":
@@ -55,16 +58,21 @@ class Quack:
         if not all(_lies_well(each) for each in gemms):
             return ()
         if len(gemms) == 1:
-            return (_WAY,)
+            return (_WAY,) if gemms[0].scales is None else tuple(_TILES)
         return (_WAY,) if _half_gelu(*gemms) else ()
 
     def run(self, way: str, gemms: Sequence[Gemm]) -> tuple[Tensor, ...]:
         if len(gemms) == 2:
             return self._run_half_gelu(*gemms)
         gemm = gemms[0]
-        x, weight = gemm.x, gemm.weight
-        out = x.new_empty(*x.shape[:-1], weight.shape[0]) if gemm.out is None else gemm.out
-        self._multiply(gemm.kind, x, weight, out, **({"more": out} if gemm.bias is None else {"bias": gemm.bias}))
+        x, weight, bias = gemm.x, gemm.weight, gemm.bias
+        out = x.new_empty(gemm.shape, dtype=gemm.dtype) if gemm.out is None else gemm.out
+        operands = {"more": out} if bias is None else {"bias": bias}
+        if gemm.scales is None:
+            self._multiply(way, gemm.kind, x, weight, out, **operands)
+        else:
+            tokens, outputs = gemm.scales
+            self._multiply(way, "scaled", x, weight, out, tokens=tokens, outputs=outputs, **operands)
         return (out,)
 
     def _run_half_gelu(self, first: Gemm, second: Gemm) -> tuple[Tensor, Tensor]:
@@ -75,15 +83,19 @@ class Quack:
         bias = first.bias.as_strided((outputs,), (1,))
         out = x.new_empty(*x.shape[:-1], outputs)
         curved = _curved(plain, outputs, x.dtype, x.device)
-        self._multiply("gelu_in_part", x, weight, out, bias=bias, curved=curved)
+        self._multiply(_WAY, "gelu_in_part", x, weight, out, bias=bias, curved=curved)
         one, other = out.split((plain, outputs - plain), dim=-1)
         return one, other
 
-    def _multiply(self, epilogue: str, x: Tensor, weight: Tensor, out: Tensor, **operands: Tensor) -> None:
+    def _multiply(
+        self, way: str, epilogue: str, x: Tensor, weight: Tensor, out: Tensor, tokens: Tensor | None = None,
+        **operands: Tensor,
+    ) -> None:  # fmt: skip
         """Fills out [..., N] with what the epilogue makes of x [..., K] times weight [N, K].
 
         Args:
-            operands: the epilogue's, by name, in x's dtype: a value for each output [N], or out itself.
+            tokens: the epilogue's operand of this name, a value for each row [...].
+            operands: others, by name: a value for each output [N], or out itself.
         """
         batches = len(x) if x.ndim == 3 else 1
         if batches > 1 and not (adjacent(x) and adjacent(out)):
@@ -92,14 +104,18 @@ class Quack:
         else:  # one matrix
             weights, x, out = weight.t(), x.flatten(0, -2), out.flatten(0, -2)
             operands = {name: each.flatten(0, -2) if each.ndim > 1 else each[None] for name, each in operands.items()}
-        getattr(self._epilogues, epilogue)(x, weights, out={"D": out}, tuned=False, config=self._config, **operands)
+            tokens = None if tokens is None else tokens.flatten()[None]
+        if tokens is not None:
+            operands["tokens"] = tokens
+        run = getattr(self._epilogues, epilogue)
+        run(x, weights, out={"D": out}, tuned=False, config=self._configs[way], **operands)
 
 
 def _lies_well(gemm: Gemm) -> bool:
     x, weight, out = gemm.x, gemm.weight, gemm.out
-    if x.dtype not in (torch.bfloat16, torch.float16) or not (gemm.one_matrix or x.ndim == 3):
+    if gemm.dtype not in (torch.bfloat16, torch.float16) or not (gemm.one_matrix or x.ndim == 3):
         return False
-    new = weight.shape[0] * x.element_size()  # bytes of a row of a new result
+    new = weight.shape[0] * gemm.dtype.itemsize  # bytes of a row of a new result
     return (
         all(each.stride(-1) == 1 for each in gemm.tensors)
         and alignment(*gemm.tensors) >= _TMA_ALIGNMENT

@@ -10,6 +10,8 @@ from fluxcli.engine.matmul.gemm import Gemm
 from fluxcli.engine.matmul.layout import adjacent
 
 WAY = "torch"
+_BY_IMAGE = "torch by image"  # a matmul for each, straight to where its rows go
+_MULTIPLE = 16  # of which `torch._scaled_mm` wants inputs and outputs
 
 
 class Reference:
@@ -18,7 +20,7 @@ class Reference:
     def __call__(self, gemm: Gemm) -> Tensor:
         if gemm.add:
             return _added(gemm)
-        result = F.linear(gemm.x, gemm.weight, gemm.bias)
+        result = _linear(gemm)
         if gemm.gelu:
             result = F.gelu(result, approximate="tanh")
         return result if gemm.out is None else gemm.out.copy_(result)
@@ -33,10 +35,27 @@ class Torch:
     release = f"torch {torch.__version__}"
 
     def ways(self, gemms: Sequence[Gemm]) -> Sequence[str]:
-        return (WAY,) if len(gemms) == 1 else ()
+        if len(gemms) > 1:
+            return ()
+        gemm = gemms[0]
+        apart = gemm.scales is not None and gemm.out is not None and not gemm.one_matrix and _lies_well(gemm)
+        return (WAY, _BY_IMAGE) if apart else (WAY,)
 
     def run(self, way: str, gemms: Sequence[Gemm]) -> tuple[Tensor, ...]:
-        return (_run(gemms[0]),)
+        gemm = gemms[0]
+        if gemm.scales is None:
+            return (_run(gemm),)
+        return (_by_image(gemm) if way == _BY_IMAGE else _run_scaled(gemm),)
+
+
+def _linear(gemm: Gemm) -> Tensor:
+    if gemm.scales is None:
+        return F.linear(gemm.x, gemm.weight, gemm.bias)
+    assert gemm.bias is not None
+    of_x, of_weight = gemm.scales
+    wide = torch.promote_types(gemm.dtype, torch.float32)
+    sums = F.linear(gemm.x.to(wide), gemm.weight.to(wide))
+    return (sums * of_x[..., None] * of_weight + gemm.bias).to(gemm.dtype)
 
 
 def _run(gemm: Gemm) -> Tensor:
@@ -51,6 +70,34 @@ def _run(gemm: Gemm) -> Tensor:
     else:
         return Reference()(gemm)
     return result if out is None else out.copy_(result)
+
+
+def _run_scaled(gemm: Gemm) -> Tensor:
+    if not _lies_well(gemm):
+        return Reference()(gemm)
+    assert gemm.scales is not None
+    result = _scaled_mm(gemm, gemm.x.flatten(0, -2), gemm.scales[0].flatten()).view(gemm.shape)
+    return result if gemm.out is None else gemm.out.copy_(result)
+
+
+def _by_image(gemm: Gemm) -> Tensor:
+    assert gemm.out is not None and gemm.scales is not None
+    for x, scale, out in zip(gemm.x, gemm.scales[0], gemm.out, strict=True):
+        _scaled_mm(gemm, x, scale, out=out)
+    return gemm.out
+
+
+def _scaled_mm(gemm: Gemm, x: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
+    """Rows x [M, K] of a gemm's, which `scale` [M] belongs to. Sums are exact to float32: Hopper's faster ones lose
+    bits that long sums need."""
+    assert gemm.scales is not None
+    scales = scale[:, None], gemm.scales[1][None]
+    return torch._scaled_mm(x, gemm.weight.t(), *scales, gemm.bias, out_dtype=gemm.dtype, out=out)
+
+
+def _lies_well(gemm: Gemm) -> bool:
+    """No layer of a model of FLUX.1's size does not."""
+    return gemm.x.shape[-1] % _MULTIPLE == 0 and gemm.weight.shape[0] % _MULTIPLE == 0
 
 
 def _added(gemm: Gemm) -> Tensor:

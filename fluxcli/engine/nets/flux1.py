@@ -23,13 +23,14 @@ from fluxcli.engine.layers.norm import Modulation
 from fluxcli.engine.layers.residual import Residual
 from fluxcli.engine.layers.rope import QKNorm, Rope, qk_norm_rope_
 from fluxcli.engine.matmul.gemm import Multiply
+from fluxcli.engine.matmul.scaled import Scaled
 from fluxcli.models.flux1.names import Names, diffusers
 
 MLP_RATIO = 4  # fixed in FLUX.1; the config does not carry it
 TIME_CHANNELS = 256  # likewise: sinusoids of the timestep and guidance embeddings
 ROPE_THETA = 10_000  # likewise
 
-Slots = Iterator[tuple[str, Tensor]]  # (name in the checkpoint, where its values go)
+Slots = Iterator[tuple[str, Tensor | Scaled]]  # (name in the checkpoint, where its values go)
 
 
 @dataclass(frozen=True)
@@ -101,38 +102,39 @@ class DoubleModulation:
 class SelfAttention(nn.Module):
     """The projections and norms around a double-stream block's joint attention, of one stream."""
 
-    def __init__(self, dim: int, head_dim: int, multiply: Multiply) -> None:
+    def __init__(self, dim: int, head_dim: int, multiply: Multiply, fp8: bool) -> None:
         super().__init__()
-        self.qkv = Linear(dim, 3 * dim, multiply)
+        self.qkv = Linear(dim, 3 * dim, multiply, fp8)
         self.norm = QKNorm(head_dim)
-        self.proj = Linear(dim, dim, multiply)
+        self.proj = Linear(dim, dim, multiply, fp8)
 
 
 class DoubleStreamBlock(nn.Module):
     """Text and image keep their own weights and meet in one attention over both."""
 
-    def __init__(self, dim: int, head_dim: int, multiply: Multiply) -> None:
+    def __init__(self, dim: int, head_dim: int, multiply: Multiply, fp8: bool) -> None:
         super().__init__()
-        self.img_attn = SelfAttention(dim, head_dim, multiply)
-        self.img_mlp = MLP(dim, MLP_RATIO * dim, multiply)
-        self.txt_attn = SelfAttention(dim, head_dim, multiply)
-        self.txt_mlp = MLP(dim, MLP_RATIO * dim, multiply)
+        self._fp8 = fp8
+        self.img_attn = SelfAttention(dim, head_dim, multiply, fp8)
+        self.img_mlp = MLP(dim, MLP_RATIO * dim, multiply, fp8)
+        self.txt_attn = SelfAttention(dim, head_dim, multiply, fp8)
+        self.txt_mlp = MLP(dim, MLP_RATIO * dim, multiply, fp8)
 
     def forward(self, img: Residual, txt: Residual, mod: Tensor, step: Step) -> tuple[Residual, Residual]:
         """img [B, I, D], txt [B, L, D], mod [B, 12, D], image first -> the same two, one block on."""
         img_mod, txt_mod = DoubleModulation.of(mod[:, :6]), DoubleModulation.of(mod[:, 6:])
 
-        txt, txt_normed = txt.norm(txt_mod.attn)
-        img, img_normed = img.norm(img_mod.attn)
+        txt, txt_normed = txt.norm(txt_mod.attn, self._fp8)
+        img, img_normed = img.norm(img_mod.attn, self._fp8)
         qkv = joined([self.txt_attn.qkv, self.img_attn.qkv], [txt_normed, img_normed])
-        lengths = [txt_normed.shape[1], img_normed.shape[1]]
+        lengths = [txt.x.shape[1], img.x.shape[1]]
         heads = qk_norm_rope_(qkv, lengths, [self.txt_attn.norm, self.img_attn.norm], step.pe)
         txt_attn, img_attn = step.attend(heads).flatten(2).split(lengths, dim=1)
 
-        img, img_normed = img.add(img_mod.attn.gate, self.img_attn.proj(img_attn)).norm(img_mod.mlp)
+        img, img_normed = img.add(img_mod.attn.gate, self.img_attn.proj(img_attn)).norm(img_mod.mlp, self._fp8)
         img = img.add(img_mod.mlp.gate, self.img_mlp(img_normed))
 
-        txt, txt_normed = txt.add(txt_mod.attn.gate, self.txt_attn.proj(txt_attn)).norm(txt_mod.mlp)
+        txt, txt_normed = txt.add(txt_mod.attn.gate, self.txt_attn.proj(txt_attn)).norm(txt_mod.mlp, self._fp8)
         txt = txt.add(txt_mod.mlp.gate, self.txt_mlp(txt_normed))
         return img, txt
 
@@ -140,18 +142,19 @@ class DoubleStreamBlock(nn.Module):
 class SingleStreamBlock(nn.Module):
     """Text and image are one sequence with one set of weights; attention and MLP run side by side."""
 
-    def __init__(self, dim: int, head_dim: int, multiply: Multiply) -> None:
+    def __init__(self, dim: int, head_dim: int, multiply: Multiply, fp8: bool) -> None:
         super().__init__()
-        self.linear1 = LinearToTwo(dim, 3 * dim, MLP_RATIO * dim, multiply)  # q, k and v; the MLP's up
+        self._fp8 = fp8
+        self.linear1 = LinearToTwo(dim, 3 * dim, MLP_RATIO * dim, multiply, fp8)  # q, k and v; the MLP's up
         self.norm = QKNorm(head_dim)
-        self.linear2 = LinearOfTwo((1 + MLP_RATIO) * dim, dim, multiply)  # the attention's out, and the MLP's down
+        self.linear2 = LinearOfTwo((1 + MLP_RATIO) * dim, dim, multiply, fp8)  # the attention's out; the MLP's down
 
     def forward(self, x: Residual, mod: Tensor, step: Step) -> Residual:
         """The joint stream [B, S, D], mod [B, 3, D] -> the stream, one block on."""
         modulation = Modulation(*mod.unbind(1))
-        x, normed = x.norm(modulation)
+        x, normed = x.norm(modulation, self._fp8)
         qkv, mlp = self.linear1(normed)
-        attn = step.attend(qk_norm_rope_(qkv, [normed.shape[1]], [self.norm], step.pe)).flatten(2)
+        attn = step.attend(qk_norm_rope_(qkv, [qkv.shape[1]], [self.norm], step.pe)).flatten(2)
         return x.add(modulation.gate, self.linear2(attn, mlp))
 
 
@@ -161,9 +164,11 @@ class Flux(nn.Module):
 
     Args:
         multiply: does the matmuls of all layers.
+        fp8: the layers of all blocks hold their weights, and take their inputs, in 8 bits; embedders, modulation,
+            norms, attention and the final layer do not.
     """
 
-    def __init__(self, config: FluxConfig, multiply: Multiply) -> None:
+    def __init__(self, config: FluxConfig, multiply: Multiply, fp8: bool = False) -> None:
         super().__init__()
         self.config = config
         dim, head_dim = config.inner_dim, config.attention_head_dim
@@ -173,9 +178,11 @@ class Flux(nn.Module):
         self.guidance_in = MLPEmbedder(TIME_CHANNELS, dim, multiply) if config.guidance_embeds else None
         self.vector_in = MLPEmbedder(config.pooled_projection_dim, dim, multiply)
         self.modulation = Linear(dim, config.modulations * dim, multiply)
-        self.double_blocks = nn.ModuleList(DoubleStreamBlock(dim, head_dim, multiply) for _ in range(config.num_layers))
+        self.double_blocks = nn.ModuleList(
+            DoubleStreamBlock(dim, head_dim, multiply, fp8) for _ in range(config.num_layers)
+        )
         self.single_blocks = nn.ModuleList(
-            SingleStreamBlock(dim, head_dim, multiply) for _ in range(config.num_single_layers)
+            SingleStreamBlock(dim, head_dim, multiply, fp8) for _ in range(config.num_single_layers)
         )
         self.final_layer = Linear(dim, config.in_channels, multiply)
 
@@ -228,7 +235,7 @@ class Flux(nn.Module):
     def head(self, img: Residual, mod: Tensor) -> Tensor:
         """The image stream [B, I, D] -> velocity [B, I, in_channels]."""
         scale, shift = mod[:, -2], mod[:, -1]  # in this order in the checkpoint
-        return self.final_layer(img.norm(Modulation(shift, scale))[1])
+        return self.final_layer(img.norm(Modulation(shift, scale), fp8=False)[1])
 
     def slots(self, names: Names = diffusers) -> Slots:
         """Every tensor of a checkpoint with such names, with the view that holds it here."""
@@ -239,8 +246,9 @@ class Flux(nn.Module):
                     yield f"{source.name}.weight", parameter
                 continue
             assert isinstance(layer, Linear)
-            share = layer.weight.shape[0] // sum(source.share for source in sources)
-            rows = [share * source.share for source in sources]
-            for source, weight, bias in zip(sources, layer.weight.split(rows), layer.bias.split(rows), strict=True):
-                yield f"{source.name}.weight", weight
-                yield f"{source.name}.bias", bias
+            share, first = layer.weight.shape[0] // sum(source.share for source in sources), 0
+            for source in sources:
+                rows = share * source.share
+                yield f"{source.name}.weight", layer.slot(first, rows)
+                yield f"{source.name}.bias", layer.bias[first : first + rows]
+                first += rows

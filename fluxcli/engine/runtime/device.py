@@ -9,6 +9,8 @@ from fluxcli.core import config
 from fluxcli.core.config import EngineConfig
 from fluxcli.core.errors import DeviceError
 
+_FP8 = (8, 9)  # the first compute capability that multiplies 8-bit floats
+
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in config.DTYPES}
 
 
@@ -16,11 +18,13 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def resolve(device: str, dtype: str, compile: bool | None, backend: str) -> EngineConfig:
+def resolve(
+    device: str, dtype: str, compile: bool | None, backend: str, quantization: str = "none"
+) -> EngineConfig:  # fmt: skip
     """Settles --device, --dtype and --compile; "auto" and None mean what suits the machine.
 
     Raises:
-        DeviceError: a GPU that is not there.
+        DeviceError: a GPU that is not there, or one that cannot do what is asked.
     """
     if device == "auto":
         device = "cuda" if has_gpu() else "cpu"
@@ -30,21 +34,35 @@ def resolve(device: str, dtype: str, compile: bool | None, backend: str) -> Engi
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
     if compile is None:
         compile = device.startswith("cuda")
-    return EngineConfig(device, dtype, compile, backend)
+    if quantization == "fp8" and device.startswith("cuda"):
+        _check_fp8(device, dtype)
+    return EngineConfig(device, dtype, compile, backend, quantization)
 
 
 def machine(engine: EngineConfig) -> dict[str, Any]:
-    """Device, dtype and versions for the records of a run."""
+    """Device, dtype, quantization and versions for the records of a run."""
     cuda = engine.device.startswith("cuda")
     return {
         "device": torch.cuda.get_device_name(engine.device) if cuda else "cpu",
         "dtype": engine.dtype,
+        **({"quantization": engine.quantization} if engine.fp8 else {}),
         "versions": {
             "torch": torch.__version__,
             "cuda": torch.version.cuda,
             **{package: metadata.version(package) for package in ("diffusers", "transformers")},
         },
     }
+
+
+def _check_fp8(device: str, dtype: str) -> None:
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _FP8:
+        raise DeviceError(
+            f"--quantization fp8: {torch.cuda.get_device_name(device)} has no matmuls of 8-bit floats; Ada, Hopper and "
+            "Blackwell GPUs do. Use --quantization none"
+        )
+    if dtype != "bfloat16":
+        raise DeviceError(f"--quantization fp8: on a GPU it goes with --dtype bfloat16, not {dtype}")
 
 
 def _gpu(device: str) -> str:

@@ -2,34 +2,33 @@
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fluxcli.engine.matmul.scaled import Scaled, Stored, store
+
 _READERS = 8  # threads that copy into a GPU's staging memory; one alone is held up by its page faults
 PIECE = 2**24  # bytes copied at once: what one reader stages
 
+Pairs = list[tuple[Stored, Stored]]  # (where the values go, where they are)
+
 
 @contextmanager
-def copying(pairs: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
+def copying(pairs: Pairs) -> Iterator[None]:
     """Copies each (target, source on the host), in pieces, beside the block; done when the block ends. An error or an
     interrupt in the block ends the copying too."""
-    pieces = [
-        piece
-        for target, source in pairs
-        for piece in zip(
-            *(each.view(-1).split(PIECE // source.element_size()) for each in (target, source)), strict=True
-        )
-    ]
-    device = next((target.device for target, _ in pairs if target.is_cuda), None)
-    staging = _Staging(device) if device else None
+    pieces = [piece for pair in pairs for piece in zip(*_pieces(*pair), strict=True)]
+    device = next((values(target).device for target, _ in pairs if values(target).is_cuda), None)
+    staging = _Staging(device, max(values(source).nbytes for _, source in pieces)) if device else None
     with ThreadPoolExecutor(min(_READERS, os.cpu_count() or 1), "read") as readers:
         copies = [
-            readers.submit(staging.copy if staging and target.is_cuda else _copy, target, source)
+            readers.submit(staging.copy if staging and values(target).is_cuda else _copy, target, source)
             for target, source in pieces
         ]
         try:
@@ -42,41 +41,67 @@ def copying(pairs: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
             staging.synchronize()
 
 
-def _copy(target: Tensor, source: Tensor) -> None:
-    if target.dtype == source.dtype:
+def values(tensor: Stored) -> Tensor:
+    """Without its scales, where it has some."""
+    return tensor if isinstance(tensor, Tensor) else tensor.values
+
+
+def _pieces(target: Stored, source: Stored) -> tuple[Sequence[Stored], Sequence[Stored]]:
+    """Both cut alike: where either has scales, between its rows."""
+    size = values(source).element_size()
+    if isinstance(target, Tensor) and isinstance(source, Tensor):
+        return target.view(-1).split(PIECE // size), source.view(-1).split(PIECE // size)
+    rows = max(1, PIECE // (size * values(source).shape[-1]))
+    return _rows(target, rows), _rows(source, rows)
+
+
+def _rows(tensor: Stored, rows: int) -> Sequence[Stored]:
+    if isinstance(tensor, Tensor):
+        return tensor.split(rows)
+    return [Scaled(*part) for part in zip(*(each.split(rows) for each in tensor), strict=True)]
+
+
+def _copy(target: Stored, source: Stored) -> None:
+    if isinstance(target, Tensor) and isinstance(source, Tensor) and target.dtype == source.dtype:
         # numpy's copy is one thread's, without the interpreter lock; torch's would start threads of its own.
         np.copyto(target.view(torch.uint8).numpy(), source.view(torch.uint8).numpy())
     else:
-        target.copy_(source)
+        store(target, source)
 
 
 class _Staging:
     """Copies to a GPU through pinned memory: each thread fills one of its two buffers while the other travels, on a
     stream of its own. From pageable memory the driver would do the same with one thread."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, largest: int) -> None:
+        self._device, self._largest = device, largest
         self._own = threading.local()
         self._streams: list[torch.cuda.Stream] = []
         self._built = torch.cuda.Event()  # the targets' memory is theirs from here on
         self._built.record(torch.cuda.current_stream(device))
 
-    def copy(self, target: Tensor, source: Tensor) -> None:
+    def copy(self, target: Stored, source: Stored) -> None:
         own = self._own
         if not hasattr(own, "stream"):
             own.stream = torch.cuda.Stream(self._device)
             own.stream.wait_event(self._built)
-            own.buffers = [(torch.empty(PIECE, dtype=torch.uint8, pin_memory=True), torch.cuda.Event()) for _ in "ab"]
+            empty = partial(torch.empty, self._largest, dtype=torch.uint8, pin_memory=True)
+            own.buffers = [(empty(), torch.cuda.Event()) for _ in "ab"]
             self._streams.append(own.stream)
         own.buffers.reverse()
         buffer, travelled = own.buffers[0]
         travelled.synchronize()
-        arrived = buffer[: source.nbytes].view(source.dtype)
-        _copy(arrived, source)
+        given = values(source)
+        arrived = buffer[: given.nbytes].view(given.dtype).view(given.shape)
+        _copy(arrived, given)
         with torch.cuda.stream(own.stream):
-            if source.dtype != target.dtype:
-                arrived = arrived.to(self._device, non_blocking=True)
-            target.copy_(arrived, non_blocking=True)
+            if isinstance(target, Tensor) and isinstance(source, Tensor) and source.dtype == target.dtype:
+                target.copy_(arrived, non_blocking=True)
+            else:  # converted there
+                there: Stored = arrived.to(self._device, non_blocking=True)
+                if isinstance(source, Scaled):
+                    there = Scaled(values(there), source.scale.to(self._device))
+                store(target, there)
             travelled.record(own.stream)
 
     def synchronize(self) -> None:

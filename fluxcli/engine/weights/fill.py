@@ -21,9 +21,14 @@ from fluxcli.models.checkpoints import Checkpoint
 
 
 @contextmanager
-def load_transformer(checkpoint: Checkpoint, device: str, dtype: torch.dtype, multiply: Multiply) -> Iterator[Flux]:
-    """The denoiser on `device`. Its weights are read straight into the packed layers while the block runs, and are
-    there when the block ends: the other parts can be loaded meanwhile.
+def load_transformer(
+    checkpoint: Checkpoint, device: str, dtype: torch.dtype, multiply: Multiply, fp8: bool = False
+) -> Iterator[Flux]:
+    """The denoiser on `device`. Its weights are read straight into the packed layers, in their format, while the block
+    runs, and are there when the block ends: the other parts can be loaded meanwhile.
+
+    Args:
+        fp8: the blocks' layers are in 8 bits.
 
     Raises:
         ModelError: naming what is wrong with the config, the files or the tensors.
@@ -33,13 +38,13 @@ def load_transformer(checkpoint: Checkpoint, device: str, dtype: torch.dtype, mu
     config = FluxConfig.from_json(checkpoint.transformer, str(path))
     try:
         with torch.device(device), default_dtype(dtype):
-            model = Flux(config, multiply).eval()
+            model = Flux(config, multiply, fp8).eval()
     except torch.OutOfMemoryError:
         raise
     except (ArithmeticError, MemoryError, RuntimeError) as error:
         raise ModelError(f"{path}: cannot be built: {first_line(error)}") from error
     if checkpoint.random:
-        fill_random(model.slots(), device)
+        fill_random(model.slots(), device, dtype)
         yield model
         return
     part = checkpoint.family.parts["transformer"]
@@ -67,7 +72,7 @@ def load_part(checkpoint: Checkpoint, part: str, device: str, dtype: torch.dtype
                 tensor.data = tensor.data.to(device)
     if checkpoint.random:
         # Tied tensors appear once in parameters().
-        fill_random(((name, parameter.data) for name, parameter in model.named_parameters()), device)
+        fill_random(((name, parameter.data) for name, parameter in model.named_parameters()), device, dtype)
     if part == "vae":  # its other half makes no images, and a file may lack it
         model.encoder = model.quant_conv = None
     if checkpoint.random:
@@ -82,19 +87,20 @@ def load_part(checkpoint: Checkpoint, part: str, device: str, dtype: torch.dtype
     return model
 
 
-def size(checkpoint: Checkpoint, part: str, dtype: torch.dtype) -> int:
-    """Bytes of a part's parameters, without memory for them.
+def size(checkpoint: Checkpoint, part: str, dtype: torch.dtype, fp8: bool = False) -> int:
+    """Bytes of a part's parameters, without memory for them; of the denoiser's with its blocks in 8 bits where `fp8`.
 
     Counted in its files, which needs no import of its library; on the class that its config builds where there are
-    none, and in float16, of which a class makes exceptions.
+    none, where that says which are in 8 bits, and in float16, of which a class makes exceptions.
     """
-    if not checkpoint.random and dtype != torch.float16:
+    fp8 = fp8 and part == "transformer"
+    if not (checkpoint.random or fp8) and dtype != torch.float16:
         about = checkpoint.family.parts[part]
         return dtype.itemsize * values(checkpoint.directory / part, about.library, about.ignored)
     if part == "transformer":
         config = FluxConfig.from_json(checkpoint.transformer)
         with torch.device("meta"), default_dtype(dtype):
-            model: nn.Module = Flux(config, Reference())
+            model: nn.Module = Flux(config, Reference(), fp8)
     else:
         model = build(checkpoint, part, "meta", dtype)
     return sum(parameter.nbytes for parameter in model.parameters())

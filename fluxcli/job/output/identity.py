@@ -58,11 +58,12 @@ class Identity:
         at = f" at {_plain(model['revision'])}" if model.get("revision") else ""
         name = f"{_plain(model['name'])}{at} (weights {_plain(model['fingerprint'][:8])})"
         told: dict[str, tuple[Any, str]] = {"model": ((model["fingerprint"], model.get("revision")), name)}
-        for option, value in self.options.items():
+        for option, value in {**_UNSAID, **self.options}.items():
             told[_plain(option)] = value, ",".join(map(_plain, value)) if isinstance(value, list) else _plain(value)
         return told
 
 
+_UNSAID = {"quantization": "none"}  # options that job.json leaves out, with the value that they have then
 _SCALAR = (str, int, float, type(None))
 
 

@@ -129,6 +129,7 @@ class ManifestRow(Row):
     height: Annotated[int, _size]
     num_inference_steps: Annotated[int, _whole(1, 10**6)]
     guidance_scale: Annotated[float | None, _or_null(_guidance)]
+    quantization: Annotated[str | None, _text] = None  # none is not written
     text_tokens: Annotated[int | None, _count] = None
     text_length: Annotated[int | None, _count] = None
     truncated: Annotated[bool | None, _bool] = None
@@ -167,6 +168,7 @@ class RunRow(Row):
     host: Annotated[str | None, _text] = None
     device: Annotated[str | None, _text] = None
     dtype: Annotated[str | None, _text] = None
+    quantization: Annotated[str | None, _text] = None
     versions: Annotated[dict[str, Any] | None, _object] = None
     started_at: Annotated[str | None, _text] = None
     finished_at: Annotated[str | None, _text] = None

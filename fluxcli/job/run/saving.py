@@ -138,6 +138,7 @@ class Saver:
             height=record.height,
             num_inference_steps=record.num_inference_steps,
             guidance_scale=record.guidance_scale,
+            quantization=self._run.machine.get("quantization"),
             text_tokens=record.text_tokens,
             text_length=record.text_length,
             truncated=record.truncated,

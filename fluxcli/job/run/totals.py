@@ -40,7 +40,8 @@ class Totals:
 
 @dataclass
 class Run:
-    """One start, from its opened directory to its row in runs.jsonl. `machine` is its device, dtype and versions."""
+    """One start, from its opened directory to its row in runs.jsonl. `machine` is its device, dtype, quantization and
+    versions."""
 
     store: JobStore
     machine: dict[str, Any]

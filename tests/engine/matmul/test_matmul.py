@@ -5,13 +5,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fluxcli.core.records import ShapeKey
 from fluxcli.engine.engine import Engine
 from fluxcli.engine.matmul.gemm import Gemm
 from fluxcli.engine.matmul.matmul import Matmul
-from fluxcli.engine.matmul.torch_ import WAY, Reference
+from fluxcli.engine.matmul.scaled import row_scaled
+from fluxcli.engine.matmul.torch_ import WAY, Reference, Torch
 from fluxcli.engine.runtime.device import resolve as resolve_device
 from fluxcli.engine.runtime.tuner import Tuner
 from fluxcli.models.checkpoints import resolve
@@ -22,6 +24,9 @@ from tests.pipelines import DEEP
 def gemm(dtype: torch.dtype, device: str, kind: str = "bias", rows: int = 96, inputs: int = 64, outputs: int = 192):
     x = torch.randn(2, rows, inputs, device=device).to(dtype)
     weight = torch.randn(outputs, inputs, device=device).div(8).to(dtype)
+    if kind == "scaled":
+        (x, of_x), (weight, of_weight) = row_scaled(x), row_scaled(weight)
+        return Gemm(x, weight, torch.randn(outputs, device=device).to(dtype), scales=(of_x, of_weight))
     if kind == "add":
         out = torch.randn(2, rows, outputs, device=device).to(dtype)
         return Gemm(x, weight, None, out=out, add=True)
@@ -31,6 +36,9 @@ def gemm(dtype: torch.dtype, device: str, kind: str = "bias", rows: int = 96, in
 def reference(given: Gemm) -> Tensor:
     """In float64; what is added to stays as it is."""
     x, weight, bias, out = map(exact, (given.x, given.weight, given.bias, given.out))
+    if given.scales is not None:
+        of_x, of_weight = map(exact, given.scales)
+        return F.linear(x * of_x[..., None], weight * of_weight[:, None], bias)
     return Reference()(replace(given, x=x, weight=weight, bias=bias, out=out.clone() if given.add else None))
 
 
@@ -111,6 +119,33 @@ def test_a_library_that_fails_costs_nothing_but_a_remark() -> None:
         assert error(made(given), reference(given)) < TOLERANCE[torch.float32]
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_a_matmul_in_8_bits_is_that_of_what_its_numbers_stand_for(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    given = gemm(dtype, "cpu", "scaled", rows=33)
+    made = Reference()(given)
+    assert made.dtype == dtype and error(made, reference(given)) < TOLERANCE[dtype]
+    joint = torch.full((2, 40, 192), 7.0, dtype=dtype)
+    Reference()(replace(given, out=joint[:, 7:]))
+    assert torch.equal(joint[:, 7:], made) and (joint[:, :7] == 7).all()
+
+
+def test_torchs_own_8_bit_matmul_is_right_wherever_the_result_goes() -> None:
+    torch.manual_seed(0)
+    given, backend = gemm(torch.bfloat16, "cpu", "scaled", rows=48), Torch()
+    joint = torch.full((2, 64, 192), 7.0).bfloat16()
+    cases = {("torch",): given, ("torch", "torch by image"): replace(given, out=joint[:, 16:])}
+    for ways, case in cases.items():
+        assert backend.ways([case]) == ways
+        for way in ways:
+            joint.fill_(7)
+            (made,) = backend.run(way, [case])
+            assert error(made, reference(case)) < TOLERANCE[torch.bfloat16]
+            assert case.out is None or (made.data_ptr() == case.out.data_ptr() and (joint[:, :16] == 7).all())
+    odd = gemm(torch.bfloat16, "cpu", "scaled", inputs=40, outputs=56)
+    assert error(backend.run("torch", [odd])[0], reference(odd)) < TOLERANCE[torch.bfloat16]
+
+
 def aligned(tensor: Tensor) -> Tensor:
     """A copy at an address that is a multiple of 256 bytes: a CPU's allocator promises less than a GPU's."""
     room = tensor.new_empty(tensor.numel() + 256)
@@ -132,17 +167,21 @@ def test_a_problem_is_named_by_all_that_decides() -> None:
         replace(given, out=torch.empty(2, 96, 256).bfloat16()[..., 64:]).problem(),
         replace(given, bias=torch.empty(193).bfloat16()[1:]).problem(),  # its alignment
         gemm(torch.float16, "cpu").problem(),
+        gemm(torch.bfloat16, "cpu", "scaled").problem(),
+        gemm(torch.float32, "cpu", "scaled").problem(),
     }
-    assert len(names) == 9
+    assert len(names) == 11
     assert given.problem() == replace(given, x=aligned(given.x), weight=aligned(given.weight)).problem()
 
 
 @on_gpu
 @pytest.mark.parametrize("part", ["whole", "of every sequence", "into every sequence", "into every row"])
-@pytest.mark.parametrize("kind", ["bias", "gelu", "add"])
+@pytest.mark.parametrize("kind", ["bias", "gelu", "add", "scaled"])
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_every_way_is_right(dtype: torch.dtype, kind: str, part: str) -> None:
     torch.manual_seed(0)
+    if kind == "scaled" and (dtype != torch.bfloat16 or part in ("of every sequence", "into every row")):
+        pytest.skip("8-bit numbers are whole, and made in bfloat16")
     given = gemm(dtype, "cuda", kind, 640, 512, 768)
     if part == "of every sequence":
         given = replace(given, x=given.x[:, 128:], out=given.out[:, 128:].contiguous() if given.add else None)

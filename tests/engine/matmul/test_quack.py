@@ -99,7 +99,7 @@ def test_an_epilogue_that_a_release_refuses_costs_no_job(monkeypatch: pytest.Mon
         "quack.activation": {"gelu_tanh_approx": None},
         "quack.epilogue": {"__path__": []},
         "quack.epilogue.frontend": {"gemm_epilogue": refuse},
-        "quack.epilogue.ops": {"RowVecLoad": str, "TileLoad": str},
+        "quack.epilogue.ops": {"ColVecLoad": str, "RowVecLoad": str, "TileLoad": str},
     }
     for name, attributes in contents.items():
         module = ModuleType(name)
