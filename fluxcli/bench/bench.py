@@ -12,16 +12,17 @@ import torch
 from fluxcli.bench import cold, floor, peers
 from fluxcli.bench.inputs import Inputs
 from fluxcli.bench.machine import clocks, machine
+from fluxcli.bench.parity import STEPS as PARITY_STEPS
 from fluxcli.bench.parity import parity
 from fluxcli.core.config import EngineConfig
 from fluxcli.core.errors import FluxcliError, first_line
 from fluxcli.core.records import Batch, Images, PromptRecord, ShapeKey
 from fluxcli.engine.engine import Engine
 from fluxcli.engine.flight import InFlight
+from fluxcli.engine.nets.flux1 import Flux
 from fluxcli.engine.runtime import stopwatch
 from fluxcli.models.checkpoints import Checkpoint
 
-PEERS = {"diffusers": {"diffusers": False, "diffusers-compiled": True}}  # --vs -> contestants, compiled or not
 OURS = "fluxcli"
 _PRODUCTS, _ATTENTION = "products", "attention"
 
@@ -59,6 +60,7 @@ class Bench:
         Raises:
             FluxcliError: nothing can be measured.
         """
+        peers.check(self.vs, self.engine)
         keys = sorted(set(self.keys), key=ShapeKey.tokens)
         start = time.perf_counter()
         date = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -76,13 +78,14 @@ class Bench:
             "clocks": {"before": clocks(self.engine)},
         }
         with torch.inference_mode():
+            plain = peers.plain(engine, self.checkpoint) if self.vs else engine.flux
             contestants = {
-                name: peers.Diffusers(engine.flux, self.checkpoint.transformer, compiled)
-                for name, compiled in PEERS.get(self.vs or "", {}).items()
+                name: peer(plain, self.checkpoint.transformer)
+                for name, peer in peers.PEERS.get(self.vs or "", {}).items()
             }
             result["shapes"] = [self._shape(engine, key, contestants, starts, save, say) for key in keys]
             result["clocks"]["after"] = clocks(self.engine)
-            result["parity"] = self._parity(engine, keys[0], say) if self.vs else None
+            result["parity"] = self._parity(engine, plain, contestants, keys[0], say) if self.vs else None
         result["seconds"] = time.perf_counter() - start
         return int(any(errors(result))), result
 
@@ -95,11 +98,16 @@ class Bench:
         except (FluxcliError, BrokenProcessPool) as error:
             return {"error": first_line(error)}
 
-    def _parity(self, engine: Engine, smallest: ShapeKey, say: Say) -> dict[str, Any]:
+    def _parity(
+        self, engine: Engine, plain: Flux, contestants: Mapping[str, peers.Diffusers], smallest: ShapeKey, say: Say
+    ) -> dict[str, Any]:
         key = smallest._replace(batch_size=1)
         say(f"{key}: parity")
+        eight = {name: peer for name, peer in contestants.items() if isinstance(peer, peers.Torchao)}
+        # Rounding to 8 bits adds up over all steps of an image; elsewhere a few show that the same is computed.
+        steps = self.steps if eight or engine.config.fp8 else PARITY_STEPS
         try:
-            return parity(engine, self.checkpoint.transformer, key)
+            return parity(engine, plain, self.checkpoint.transformer, key, steps, eight)
         except (FluxcliError, torch.OutOfMemoryError) as error:
             return {**key._asdict(), "error": first_line(error)}
 
@@ -173,7 +181,7 @@ class Bench:
         fastest = min(attention_ms, key=lambda name: attention_ms[name]) if attention_ms else "sdpa"
         runs: dict[str, stopwatch.Run] = {
             OURS: lambda: engine.denoise(key, inputs.img, txt, steps),
-            _PRODUCTS: floor.products_run(config, key, device, dtype),
+            _PRODUCTS: floor.products_run(config, key, device, dtype, engine.config.fp8),
             _ATTENTION: floor.attention_run(config, key, device, dtype, fastest),
         }
         measured: dict[str, dict[str, Any]] = {}

@@ -1,7 +1,7 @@
 """The kernel floor: what a step would take if its matrix products and its attention were all of it.
 
 The work is counted from the architecture and a shape alone; it is timed on random data, with torch's matrix products
-and the fastest attention of the machine."""
+(in 8 bits with the chip's own short sums, the fastest there are) and the fastest attention of the machine."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fluxcli.core.records import ShapeKey
 from fluxcli.engine.attention.backends import Attention
+from fluxcli.engine.matmul.scaled import row_scaled
 from fluxcli.engine.nets.flux1 import MLP_RATIO, FluxConfig
 from fluxcli.engine.runtime import stopwatch
 from fluxcli.engine.runtime.device import DTYPES
@@ -78,9 +79,9 @@ def attention_ms(config: FluxConfig, key: ShapeKey, device: str, dtype: str) -> 
     return {name: stopwatch.milliseconds(each) for name, each in times.items()}
 
 
-def products_run(config: FluxConfig, key: ShapeKey, device: str, dtype: str) -> Callable[[], object]:
-    """A call that does the products of one step. Layers of one size share their tensors: the products of the other
-    sizes pass through the device's cache between two of them, as in a step."""
+def products_run(config: FluxConfig, key: ShapeKey, device: str, dtype: str, fp8: bool = False) -> Callable[[], object]:
+    """A call that does the products of one step, those of blocks in 8 bits where `fp8`. Layers of one size share their
+    tensors: the products of the other sizes pass through the device's cache between two of them, as in a step."""
     tensors: dict[tuple[tuple[int, ...], float], Tensor] = {}
 
     def drawn(scale: float, *shape: int) -> Tensor:
@@ -89,10 +90,15 @@ def products_run(config: FluxConfig, key: ShapeKey, device: str, dtype: str) -> 
         return tensors[shape, scale]
 
     layers = [(drawn(1, rows, k), drawn(k**-0.5, n, k), drawn(0.02, n)) for rows, k, n in products(config, key)]
+    first, *blocks, last = layers
+    eight = {id(each): row_scaled(each) for x, weight, _ in blocks if fp8 for each in (x, weight)}
 
     def run() -> None:
-        for x, weight, bias in layers:
+        for x, weight, bias in (first, *([] if fp8 else blocks), last):
             F.linear(x, weight, bias)
+        for x, weight, bias in blocks if fp8 else []:
+            (a, of_a), (b, of_b) = eight[id(x)], eight[id(weight)]
+            torch._scaled_mm(a, b.t(), of_a[:, None], of_b[None], bias, out_dtype=bias.dtype, use_fast_accum=True)
 
     return Captured(run) if device.startswith("cuda") else run
 

@@ -31,9 +31,10 @@ def headline(result: Mapping[str, Any]) -> str:
     versions = result["versions"]
     cuda = f" with CUDA {versions['cuda']}" if versions.get("cuda") else ""
     compiled = "" if result["compile"] else ", not compiled"
+    quantized = f" and {result['quantization']}" if "quantization" in result else ""
     return (
-        f"{result['model']} on {result['device']}, {result['dtype']}{compiled}, torch {versions['torch']}{cuda}, "
-        f"diffusers {versions['diffusers']}, medians of {result['rounds']} rounds"
+        f"{result['model']} on {result['device']}, {result['dtype']}{quantized}{compiled}, "
+        f"torch {versions['torch']}{cuda}, diffusers {versions['diffusers']}, medians of {result['rounds']} rounds"
     )
 
 
@@ -81,6 +82,7 @@ def parity_line(result: Mapping[str, Any]) -> str:
         f"latents after {found['steps']} steps at {key}, relative error: ours to diffusers in {result['dtype']} "
         f"{found['ours_to_diffusers']:.2g}; to diffusers in float32 ours {found['ours_to_float32']:.2g}, "
         f"diffusers' own {found['diffusers_to_float32']:.2g}"
+        + (f", torchao's {found['torchao_to_float32']:.2g}" if "torchao_to_float32" in found else "")
     )
 
 

@@ -34,7 +34,11 @@ from fluxcli.core import config
     help=f"Lengths of prompts, in T5 tokens.  [default: {config.MAX_TEXT_LENGTH}, the reference setting]",
 )
 @click.option("--steps", type=click.IntRange(1, 1000), metavar="N", help="Of a whole image.  [default: the model's]")
-@click.option("--vs", type=choice("diffusers"), help="Also run this on the same weights: eager and compiled.")
+@click.option(
+    "--vs",
+    type=choice("diffusers", "torchao"),
+    help="Also run this on the same weights: diffusers, eager and compiled; or compiled, and in 8 bits by torchao.",
+)
 @click.option("--cold-start", is_flag=True, help="Also time two new processes: with empty caches, then from the cache.")
 @machine_options
 @json_output

@@ -98,3 +98,29 @@ def test_the_floors_calls_do_the_work_that_is_counted() -> None:
         for run in runs:
             run()
     assert counter.get_total_flops() == floor.flops(config, key)
+
+
+def test_the_floor_in_8_bits_does_the_same_products() -> None:
+    config, key = FluxConfig.from_json(resolve("tiny").transformer), ShapeKey(2, 64, 64, 64)
+    run = floor.products_run(config, key, "cpu", "bfloat16", fp8=True)
+    with Calls() as calls:
+        run()
+    assert Counter(calls.products) == Counter(floor.products(config, key))
+    assert calls.eight == len(calls.products) - 2
+
+
+class Calls(TorchFunctionMode):
+    """Rows, inputs and outputs of every product that is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products: list[floor.Product] = []
+        self.eight = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.linear:
+            self.products.append(floor.Product(len(args[0]), *reversed(args[1].shape)))
+        if func is torch._scaled_mm:
+            self.products.append(floor.Product(len(args[0]), *args[1].shape))
+            self.eight += 1
+        return func(*args, **(kwargs or {}))

@@ -1,5 +1,8 @@
 """diffusers over the very tensors of ours: shared, the same result, and float32 without a second model."""
 
+import sys
+from types import ModuleType
+
 import pytest
 import torch
 
@@ -8,6 +11,7 @@ from fluxcli.bench.inputs import Inputs
 from fluxcli.bench.parity import parity
 from fluxcli.core.records import ShapeKey
 from fluxcli.engine.engine import Engine
+from fluxcli.engine.matmul.scaled import row_scaled
 from fluxcli.engine.runtime.device import resolve as resolve_device
 from fluxcli.models.checkpoints import resolve
 from tests.pipelines import DEV, SCHNELL, Shape
@@ -73,11 +77,36 @@ def test_float32_widens_each_weight_when_it_is_used(pipeline) -> None:
 def test_parity_sees_equality_in_float32_and_rounding_in_bfloat16(pipeline, shape: Shape) -> None:
     directory = pipeline(shape)
     transformer = resolve(str(directory)).transformer
-    same = parity(engine_of(directory), transformer, KEY)
+    engine = engine_of(directory)
+    same = parity(engine, engine.flux, transformer, KEY)
     assert same["ours_to_diffusers"] < 1e-4 < 0.1 < same["change_by_denoising"]
     assert same["diffusers_to_float32"] == 0
-    rounded = parity(engine_of(directory, "bfloat16"), transformer, KEY)
+    engine = engine_of(directory, "bfloat16")
+    rounded = parity(engine, engine.flux, transformer, KEY)
     assert 1e-3 < rounded["ours_to_float32"] <= 1.2 * rounded["diffusers_to_float32"] + 1e-2
+
+
+def test_torchao_gets_a_model_of_its_own_in_8_bits(pipeline, monkeypatch) -> None:
+    """As far as a CPU shows: with a stand-in, which rounds where the package would."""
+    directory = pipeline(DEV)
+    transformer, engine = resolve(str(directory)).transformer, engine_of(directory)
+    asked = []
+
+    def quantize_(model, config) -> None:
+        asked.append(config)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight = torch.nn.Parameter(row_scaled(module.weight).wide(), requires_grad=False)
+
+    package = ModuleType("torchao.quantization")
+    package.quantize_, package.PerRow = quantize_, lambda: "per row"
+    package.Float8DynamicActivationFloat8WeightConfig = lambda granularity: granularity
+    monkeypatch.setitem(sys.modules, "torchao", ModuleType("torchao"))
+    monkeypatch.setitem(sys.modules, "torchao.quantization", package)
+    peer = peers.Torchao(engine.flux, transformer, compiled=False)
+    assert asked == ["per row"]
+    found = parity(engine, engine.flux, transformer, KEY, 2, {"torchao": peer})
+    assert found["ours_to_diffusers"] < 1e-4 and found["torchao_to_float32"] > 1e-3 and found["steps"] == 2
 
 
 def test_parity_sees_a_weight_that_is_wrong(pipeline, monkeypatch) -> None:
@@ -92,4 +121,4 @@ def test_parity_sees_a_weight_that_is_wrong(pipeline, monkeypatch) -> None:
         return model
 
     monkeypatch.setattr(peers, "twin", wrong)
-    assert parity(engine, transformer, KEY)["ours_to_diffusers"] > 0.05
+    assert parity(engine, engine.flux, transformer, KEY)["ours_to_diffusers"] > 0.05

@@ -29,7 +29,7 @@ def _quick(monkeypatch) -> None:
 @pytest.fixture
 def eager_only(monkeypatch) -> None:
     """Leaves the compiled peer to the slow test: compiling takes a minute on a slow CPU."""
-    monkeypatch.setitem(bench.PEERS, "diffusers", {"diffusers": False})
+    monkeypatch.setitem(peers.PEERS, "diffusers", {"diffusers": peers.PEERS["diffusers"]["diffusers"]})
 
 
 def test_one_json_object_that_agrees_with_itself(inside, eager_only) -> None:
@@ -50,6 +50,22 @@ def test_one_json_object_that_agrees_with_itself(inside, eager_only) -> None:
     for row in data["shapes"]:
         check_row(row, data["rounds"], data["steps"])
     assert data["parity"]["ours_to_diffusers"] < 1e-4 < data["parity"]["change_by_denoising"]
+
+
+def test_in_8_bits_the_peers_keep_their_own_weights(inside, eager_only) -> None:
+    result = inside("bench", *SMALL, "--batch-size", 1, "--quantization", "fp8", "--vs", "diffusers", "--json")
+    assert result.returncode == 0, result.stderr
+    data = result.json
+    assert data["quantization"] == "fp8" and "float32 and fp8" in result.stderr
+    assert data["parity"]["diffusers_to_float32"] == 0 and data["parity"]["steps"] == 2
+    assert 1e-3 < data["parity"]["ours_to_float32"] < 0.5  # random inputs, and weights that never met such
+
+
+def test_torchao_needs_its_package_and_a_gpu(inside, monkeypatch) -> None:
+    for found, told in ((None, "is not installed; pip install torchao"), (object(), "need a CUDA GPU")):
+        monkeypatch.setattr(peers, "find_spec", lambda name, found=found: found)
+        result = inside("bench", *SMALL, "--vs", "torchao")
+        assert result.returncode == 1 and told in result.stderr and "loading" not in result.stderr
 
 
 def check_row(row: dict[str, Any], rounds: int, steps: int) -> None:
