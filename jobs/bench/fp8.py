@@ -2,7 +2,7 @@
 
 products   relative error of single matmuls of FLUX.1's widths, with outlier channels, for several ways to scale
 latents    relative error of the latents after 28 steps, of a narrower and shallower FLUX with random weights
-meaning    the built-in model's adherence over unseen prompts, bfloat16 and fp8 on the same seeds, by its judge
+meaning    the built-in model's adherence over unseen prompts, with and without fp8 on the same seeds, by its judge
 """
 
 import argparse
@@ -162,8 +162,8 @@ def latents(heads: int, double: int, single: int, side: int, steps: int) -> None
     print(f"  bfloat16             {error(run(flux.bfloat16(), torch.bfloat16), exact):.5f}")
 
 
-def meaning(count: int, directory: Path) -> None:
-    """Draws `count` prompts of each kind."""
+def meaning(count: int, dtype: str, directory: Path) -> None:
+    """Draws `count` prompts of each kind, in `dtype` with and without 8 bits."""
     wanted = [case for kind in KINDS for case in cases(kind, count)]
     rows = [{"id": str(i), "prompt": case.prompt, "seed": case.seed} for i, case in enumerate(wanted)]
     (directory / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -171,7 +171,7 @@ def meaning(count: int, directory: Path) -> None:
     pixels: dict[str, list[Image.Image]] = {}
     for name in ("none", "fp8"):
         out = directory / name
-        Job(directory / "in.jsonl", out, "tiny", dtype="bfloat16", quantization=name).run()
+        Job(directory / "in.jsonl", out, "tiny", dtype=dtype, quantization=name).run()
         pixels[name] = [Image.open(out / "images" / f"{i}.png").convert("RGB") for i in range(len(wanted))]
         with ProcessPoolExecutor(2) as workers:
             verdicts = list(workers.map(judge, pixels[name], [case.spec for case in wanted], chunksize=8))
@@ -181,13 +181,14 @@ def meaning(count: int, directory: Path) -> None:
     mean = sum(differences) / len(differences)
     spread = math.sqrt(sum((each - mean) ** 2 for each in differences) / (len(differences) - 1) / len(differences))
     low, high = (100 * (mean + sign * 1.96 * spread) for sign in (-1, 1))
-    print(f"fp8 less bfloat16: {100 * mean:+.1f} points, 95 % interval {low:+.1f} .. {high:+.1f} (pairs of one seed)")
+    print(f"fp8 less {dtype}: {100 * mean:+.1f} points, 95 % interval {low:+.1f} .. {high:+.1f} (pairs of one seed)")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("products", "latents", "meaning"))
     parser.add_argument("--count", type=int, default=80, help="of meaning: prompts of each of the three kinds")
+    parser.add_argument("--dtype", default="bfloat16", help="of meaning")
     parser.add_argument("--heads", type=int, default=8, help="of latents: width / 128")
     parser.add_argument("--blocks", type=int, nargs=2, default=(4, 8), help="of latents: double and single")
     parser.add_argument("--side", type=int, default=16, help="of latents: image tokens along a side")
@@ -199,7 +200,7 @@ def main() -> None:
         latents(args.heads, *args.blocks, args.side, args.steps)
     else:
         with tempfile.TemporaryDirectory() as directory:
-            meaning(args.count, Path(directory))
+            meaning(args.count, args.dtype, Path(directory))
 
 
 if __name__ == "__main__":
