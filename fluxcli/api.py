@@ -4,7 +4,7 @@ command line's; here a model is always named."""
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from fluxcli.core.config import EngineConfig
+    from fluxcli.core.step_cache import StepCache
     from fluxcli.engine.engine import Engine
     from fluxcli.models.checkpoints import Checkpoint
     from fluxcli.models.tokenizers import Tokenizers
@@ -33,6 +34,7 @@ def load(
     attention: str = "auto",
     quantization: Literal["none", "fp8"] = "none",
     text_lengths: Sequence[int] = config.TEXT_LENGTHS,
+    step_cache: str = "off",
 ) -> "Model":
     """Loads a model: a hub id, a pipeline directory, `tiny`, or `random:flux-dev`.
 
@@ -41,23 +43,29 @@ def load(
         compile: prepare each shape at its first use; None does on a GPU.
         quantization: "fp8" for the large matmuls in 8 bits.
         text_lengths: buckets of prompt length in T5 tokens; (512,) is the reference setting.
+        step_cache: as --step-cache.
 
     Raises:
         FluxcliError: no such model or device, or it does not fit.
     """
     from fluxcli.engine.engine import Engine
+    from fluxcli.models.step_cache import parse
 
     lengths = _buckets(text_lengths)
-    checkpoint, engine = _settled(model, revision, device, dtype, compile, attention, quantization)
-    return Model(checkpoint, Engine(checkpoint, engine), lengths)
+    wanted = parse(step_cache)
+    checkpoint, engine = _settled(model, revision, device, dtype, compile, attention, quantization, wanted)
+    return Model(checkpoint, Engine(checkpoint, engine), lengths, wanted)
 
 
 class Model:
     """A model on its device. Not thread-safe: one call after the other."""
 
-    def __init__(self, checkpoint: "Checkpoint", engine: "Engine", text_lengths: tuple[int, ...]) -> None:
+    def __init__(
+        self, checkpoint: "Checkpoint", engine: "Engine", text_lengths: tuple[int, ...], step_cache: "StepCache"
+    ) -> None:
         self.name = checkpoint.name
         self._checkpoint, self._engine, self._text_lengths = checkpoint, engine, text_lengths
+        self._step_cache = step_cache
 
     def generate(
         self,
@@ -85,10 +93,10 @@ class Model:
         from fluxcli.job import single
 
         _between("batch_size", batch_size, config.MOST_IMAGES)
-        defaults = _row_defaults(self._checkpoint, width, height, steps, guidance, seed)
+        defaults = _row_defaults(self._checkpoint, width, height, steps, guidance, seed, self._step_cache)
         records = single.requested(prompt, seed, n, defaults, self._tokenizers, self._text_lengths)
         images = []
-        for part, result in single.made(self._engine, records, batch_size):
+        for part, result in single.made(self._engine, records, batch_size, defaults.step_cache):
             for record, finite, pixels in zip(part, result.finite, result.pixels, strict=True):
                 if not finite:
                     raise FluxcliError(f"seed {record.seed}: the model's output is not finite")
@@ -118,6 +126,7 @@ class Job:
     compile: bool | None = None
     attention: str = "auto"
     quantization: Literal["none", "fp8"] = "none"
+    step_cache: str = "off"
     text_lengths: Sequence[int] = config.TEXT_LENGTHS
     batch_size: int = config.BATCH_SIZE
     width: int | None = None
@@ -147,18 +156,20 @@ class Job:
         from fluxcli.engine.engine import Engine
         from fluxcli.engine.runtime import device
         from fluxcli.job import job
+        from fluxcli.models.step_cache import parse
 
         _one_of("format", self.format, config.FORMATS)
         _between("quality", self.quality, 100)
         _between("batch_size", self.batch_size, config.MOST_IMAGES)
+        wanted = parse(self.step_cache)
         machine = (self.device, self.dtype, self.compile, self.attention, self.quantization)
-        checkpoint, engine = _settled(self.model, self.revision, *machine)
+        checkpoint, engine = _settled(self.model, self.revision, *machine, wanted)
         made = job.Job(
             os.fspath(self.input),
             Path(self.output),
             checkpoint,
             engine,
-            _row_defaults(checkpoint, self.width, self.height, self.steps, self.guidance, self.seed),
+            _row_defaults(checkpoint, self.width, self.height, self.steps, self.guidance, self.seed, wanted),
             text_lengths=_buckets(self.text_lengths),
             image=config.ImageFormat(self.format, self.quality),
             batch_size=self.batch_size,
@@ -179,6 +190,7 @@ def _settled(
     compile: bool | None,
     attention: str,
     quantization: str,
+    step_cache: "StepCache",
 ) -> "tuple[Checkpoint, EngineConfig]":
     from fluxcli.engine.runtime import device as devices
     from fluxcli.models import checkpoints
@@ -189,7 +201,7 @@ def _settled(
     _one_of("attention", attention, ("auto", *config.ATTENTION))
     _one_of("quantization", quantization, config.QUANTIZATION)
     settled = devices.resolve(device, dtype, compile, attention, quantization)
-    return checkpoints.resolve(os.fspath(model), revision), settled
+    return checkpoints.resolve(os.fspath(model), revision), replace(settled, step_cache=step_cache.on)
 
 
 def _row_defaults(
@@ -199,9 +211,11 @@ def _row_defaults(
     steps: int | None,
     guidance: float | None,
     seed: int,
+    step_cache: "StepCache",
 ) -> config.RowDefaults:
     """Checked as a row is."""
     from fluxcli.job.input.check import MAX_SEED, check_row
+    from fluxcli.models.step_cache import settled
 
     if type(seed) is not int or not 0 <= seed <= MAX_SEED:
         raise UsageError(f"seed must be 0 to {MAX_SEED}, got {seed!r}")
@@ -211,7 +225,8 @@ def _row_defaults(
     except RowError as error:
         raise UsageError(str(error)) from error
     taken = row.guidance_scale if checkpoint.takes_guidance else None
-    return config.RowDefaults(row.width, row.height, row.num_inference_steps, taken, row.seed)
+    cache = settled(step_cache, checkpoint, row.num_inference_steps)
+    return config.RowDefaults(row.width, row.height, row.num_inference_steps, taken, row.seed, cache)
 
 
 def _buckets(text_lengths: Sequence[int]) -> tuple[int, ...]:

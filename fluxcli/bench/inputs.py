@@ -9,6 +9,7 @@ from torch import Tensor
 from fluxcli.core.family import TOKEN_SIDE
 from fluxcli.core.records import ShapeKey
 from fluxcli.engine import denoise
+from fluxcli.engine.denoise import Moment
 from fluxcli.engine.nets.flux1 import Flux
 from fluxcli.engine.runtime.device import DTYPES
 from fluxcli.models.flux1.family import FLUX1
@@ -36,11 +37,11 @@ class Inputs:
         self.ids = denoise.position_ids(key.text_length, rows * denoise.PATCH, columns * denoise.PATCH, device)
         self.guidance = torch.full((batch,), FLUX1.guidance, device=device) if config.guidance_embeds else None
 
-    def ours(self, flux: Flux, sigmas: Sequence[float]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """txt [B, L, D] and each step's (mod, dt), for steps from each of `sigmas` to the next."""
+    def ours(self, flux: Flux, sigmas: Sequence[float]) -> tuple[Tensor, list[Moment]]:
+        """txt [B, L, D] and a moment for each step from one of `sigmas` to the next."""
         levels = torch.tensor(sigmas, device=self.img.device)
         mods = flux.modulations(levels[:-1] * 1000, self.guidance, self.vec)
-        return flux.embed_text(self.t5), list(zip(mods, levels.diff(), strict=True))
+        return flux.embed_text(self.t5), list(map(Moment, mods, levels.diff()))
 
     def diffusers(self, img: Tensor, sigma: float) -> dict[str, Any]:
         """The arguments FluxPipeline gives FluxTransformer2DModel at `sigma`, in img's dtype."""

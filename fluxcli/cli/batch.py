@@ -20,6 +20,7 @@ from fluxcli.cli.options import (
     json_output,
     machine_options,
     row_options,
+    step_cache_option,
     text_lengths_option,
     verbosity,
 )
@@ -55,6 +56,7 @@ from fluxcli.core import config
 )
 @click.option("--force", is_flag=True, help="If the directory holds another job, start over in a new one beside it.")
 @row_options
+@step_cache_option
 @text_lengths_option
 @machine_options
 @json_output
@@ -75,6 +77,7 @@ def batch(
     retry_failed: bool,
     force: bool,
     rows: Rows,
+    step_cache: str,
     text_lengths: tuple[int, ...],
     machine: Machine,
     as_json: bool,
@@ -90,7 +93,7 @@ def batch(
     from fluxcli.job.job import Job
     from fluxcli.job.report import text as report
 
-    checkpoint, engine_config, defaults = settings(machine, rows, strict)
+    checkpoint, engine_config, defaults = settings(machine, rows, strict, step_cache)
     job = Job(
         input,
         output or Path("out") / ("stdin" if is_descriptor(input) else Path(input).stem),

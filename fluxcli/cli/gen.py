@@ -17,6 +17,7 @@ from fluxcli.cli.options import (
     json_output,
     machine_options,
     row_options,
+    step_cache_option,
     text_lengths_option,
     verbosity,
 )
@@ -69,6 +70,7 @@ def _text(ctx: click.Context, param: click.Parameter, prompt: str) -> str:
     help="Directory, or one file's name: its suffix is the format.",
 )
 @row_options
+@step_cache_option
 @format_options
 @batch_size_option
 @text_lengths_option
@@ -85,6 +87,7 @@ def gen(
     rows: Rows,
     files: Files,
     batch_size: int | str,
+    step_cache: str,
     text_lengths: tuple[int, ...],
     machine: Machine,
     as_json: bool,
@@ -97,10 +100,11 @@ def gen(
     from fluxcli.job.plan import size_of
     from fluxcli.models.tokenizers import Tokenizers
 
-    checkpoint, engine_config, defaults = settings(machine, rows)
+    checkpoint, engine_config, defaults = settings(machine, rows, step_cache=step_cache)
     image = config.ImageFormat(single.check_output(output, num_images) or files.format, files.quality)
     tokenizers = Tokenizers(checkpoint.tokenizers)
     records = single.requested(prompt, rows.seed, num_images, defaults, tokenizers, text_lengths)
+    cache, steps = defaults.step_cache, defaults.num_inference_steps
     tokens, text_length = records[0].text_tokens, records[0].text_length
     if records[0].truncated:
         say(f"the prompt has {tokens} tokens and is cut to {text_length}")
@@ -120,13 +124,13 @@ def gen(
     with signals.last_words(leave):
         engine = load_engine(checkpoint, engine_config, single.shapes(records, size))
         try:
-            for record, outcome in single.generate(engine, records, size, output, image, checkpoint.label):
+            for record, outcome in single.generate(engine, records, size, cache, output, image, checkpoint.label):
                 if isinstance(outcome, Failure):
                     say(f"seed {record.seed}: {outcome.message}; nothing is written for it")
                     failed.append({"seed": record.seed, "error": outcome.as_row()["error"]})
                     continue
                 text = {"text_tokens": tokens, "text_length": text_length, "truncated": record.truncated}
-                made.append({"file_name": str(outcome), **record_settings(record), **text})
+                made.append({"file_name": str(outcome), **record_settings(record), **cache.told(steps), **text})
                 if comment_truncated(image, record, checkpoint.label):
                     made[-1]["comment_truncated"] = True
                 if not as_json:

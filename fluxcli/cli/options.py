@@ -201,6 +201,14 @@ format_options = _group(
         "--quality", type=click.IntRange(1, 100), metavar="N", default=95, show_default=True, help="Of JPEG and WebP."
     ),
 )
+step_cache_option = click.option(
+    "--step-cache",
+    metavar="off|fine|balanced|fast|FILE:PRESET|MASK",
+    default="off",
+    show_default=True,
+    help="Reuse what the blocks added in some steps: about 1.6, 2.1 or 2.8 times faster, for other pixels. FILE: a "
+    "model's own, by fluxcli calibrate. MASK: a 1 for each step that is evaluated, a 0 for each other.",
+)
 batch_size_option = click.option(
     "--batch-size",
     type=BatchSize(),

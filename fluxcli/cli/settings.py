@@ -1,6 +1,7 @@
 """What the options mean on this machine: the model, the engine and its settings, every "auto" and default settled."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
@@ -62,26 +63,31 @@ def batch_sizes(given: int | str, checkpoint: "Checkpoint", engine_config: confi
 
 
 def settings(
-    machine: "Machine", rows: "Rows", strict: bool = False
+    machine: "Machine", rows: "Rows", strict: bool = False, step_cache: str = "off"
 ) -> tuple["Checkpoint", config.EngineConfig, config.RowDefaults]:
     """What the options mean here, every "auto" and default settled. A `strict` one that changes nothing is refused."""
+    from fluxcli.models.step_cache import parse, settled
+
+    wanted = parse(step_cache)  # a mistake is told before a model is downloaded
     checkpoint = checkpoint_of(machine.model, machine.revision)
     if rows.guidance is not None and not checkpoint.takes_guidance:
         remark = f"--guidance changes nothing: {checkpoint.name} takes no guidance scale"
         if strict:
             raise UsageError(f"{remark} (--strict)")
         say(remark)
-    return checkpoint, engine_settings(machine), _row_defaults(checkpoint, rows)
+    defaults = _row_defaults(checkpoint, rows)
+    cache = settled(wanted, checkpoint, defaults.num_inference_steps)
+    return checkpoint, engine_settings(machine, cache.on), replace(defaults, step_cache=cache)
 
 
-def engine_settings(machine: "Machine") -> config.EngineConfig:
+def engine_settings(machine: "Machine", step_cache: bool = False) -> config.EngineConfig:
     """Raises DeviceError for what is not there: before anything is read or loaded."""
     from fluxcli.engine.attention import backends
     from fluxcli.engine.runtime import device
 
     settled = device.resolve(machine.device, machine.dtype, machine.compile, machine.attention, machine.quantization)
     backends.check(settled.attention, settled.device, device.DTYPES[settled.dtype])
-    return settled
+    return replace(settled, step_cache=step_cache)
 
 
 def _row_defaults(checkpoint: "Checkpoint", rows: "Rows") -> config.RowDefaults:

@@ -19,6 +19,7 @@ from fluxcli.cli.options import (
     json_output,
     machine_options,
     row_options,
+    step_cache_option,
     text_lengths_option,
     verbosity,
 )
@@ -57,6 +58,7 @@ from fluxcli.core import config
 @input_options
 @batch_size_option
 @row_options
+@step_cache_option
 @text_lengths_option
 @machine_options
 @json_output
@@ -70,6 +72,7 @@ def warmup(
     reading: Input,
     batch_size: int | str,
     rows: Rows,
+    step_cache: str,
     text_lengths: tuple[int, ...],
     machine: Machine,
     as_json: bool,
@@ -88,7 +91,7 @@ def warmup(
         raise click.UsageError("give INPUT or --size, not both")
     if key is not None and export is None and import_ is None:
         raise click.UsageError("--key goes with --export or --import")
-    checkpoint, engine_config, defaults = settings(machine, rows)
+    checkpoint, engine_config, defaults = settings(machine, rows, step_cache=step_cache)
     if export is not None:
         cache_archive.check_export(export)
         if key is None:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from fluxcli.core.step_cache import OFF, StepCache
+
 TEXT_LENGTHS = (64, 128, 256, 512)
 MAX_TEXT_LENGTH = 512  # what FluxPipeline accepts as max_sequence_length
 BATCH_SIZE = 8
@@ -15,26 +17,30 @@ FORMATS = ("png", "jpg", "webp")
 
 @dataclass(frozen=True)
 class RowDefaults:
-    """What an input row gets where it says nothing. `guidance_scale` is None where the model takes none."""
+    """What an input row gets where it says nothing, and the step cache, which a row has no say in. `guidance_scale` is
+    None where the model takes none."""
 
     width: int
     height: int
     num_inference_steps: int
     guidance_scale: float | None
     seed: int = 0
+    step_cache: StepCache = OFF
 
 
 @dataclass(frozen=True)
 class EngineConfig:
     """How the engine runs. `device` is "cpu" or "cuda:N"; `dtype` a torch dtype's name; `compile` whether each shape is
     prepared ahead, as captured graphs on CUDA and by torch.compile on a CPU; `attention` may be "auto", which the
-    engine settles by measuring at warm-up; `quantization` is one of `QUANTIZATION`."""
+    engine settles by measuring at warm-up; `quantization` is one of `QUANTIZATION`; `step_cache` whether batches may
+    have masks."""
 
     device: str
     dtype: str
     compile: bool
     attention: str = "auto"
     quantization: str = "none"
+    step_cache: bool = False
 
     @property
     def fp8(self) -> bool:

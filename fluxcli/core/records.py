@@ -69,12 +69,14 @@ class PromptRecord:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Records that run together at `key`; there may be fewer of them than `key.batch_size`."""
+    """Records that run together at `key`; there may be fewer of them than `key.batch_size`. `mask` has a 1 for each
+    step that evaluates the blocks and a 0 for each other; nothing where all do."""
 
     index: int
     key: ShapeKey
     num_inference_steps: int
     records: Sequence[PromptRecord]
+    mask: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from fluxcli.core.errors import ModelError, first_line
 from fluxcli.models.configs import scheduler_config
 
 StepFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (img, txt, mod, dt) -> img
+ReusedStep = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (img, mod, dt, ahead) -> img
 
 PATCH = 2  # latent pixels along a side of one image token
 
@@ -90,11 +92,37 @@ def euler_step(img: Tensor, velocity: Tensor, dt: Tensor) -> Tensor:
     return (img.float() + dt * velocity.float()).to(img.dtype)
 
 
-def denoise(step: StepFunction, img: Tensor, txt: Tensor, steps: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """img [B, I, C] after every step's (mod, dt): the one loop, whether `step` is captured or not. The result is the
-    step's own memory, good until it runs again."""
-    for mod, dt in steps:
-        img = step(img, txt, mod, dt)
+class Moment(NamedTuple):
+    """All that tells one step from the next.
+
+    Attributes:
+        mod: [B, modulations, D].
+        dt: [] in float32, the next sigma less this one.
+        ahead: [] in float32, for a step that reuses what the blocks added last (`step_cache.ahead`); None for one that
+            evaluates them.
+    """
+
+    mod: Tensor
+    dt: Tensor
+    ahead: Tensor | None = None
+
+
+class Steps(NamedTuple):
+    """The two kinds of step at one shape. `reuse` is None where none is ever reused."""
+
+    evaluate: StepFunction
+    reuse: ReusedStep | None = None
+
+
+def denoise(steps: Steps, img: Tensor, txt: Tensor, moments: Iterable[Moment]) -> Tensor:
+    """img [B, I, C] after a step at every moment: the one loop, whether the steps are captured or not. The result is
+    the last step's own memory, good until it runs again."""
+    for mod, dt, ahead in moments:
+        if ahead is None:
+            img = steps.evaluate(img, txt, mod, dt)
+        else:
+            assert steps.reuse is not None, "this engine's settings have no step cache"
+            img = steps.reuse(img, mod, dt, ahead)
     return img
 
 

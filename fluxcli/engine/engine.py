@@ -11,9 +11,9 @@ from torch import Tensor
 
 from fluxcli.core.config import EngineConfig
 from fluxcli.core.records import Batch, PromptRecord, ShapeKey, WarmUp
-from fluxcli.engine import denoise, memory
+from fluxcli.engine import denoise, memory, step_cache
 from fluxcli.engine.attention.backends import Attend, Attention, check, sdpa
-from fluxcli.engine.denoise import StepFunction
+from fluxcli.engine.denoise import Moment, Steps
 from fluxcli.engine.flight import Clock, InFlight
 from fluxcli.engine.layers.rope import rope
 from fluxcli.engine.matmul.gemm import Multiply
@@ -32,12 +32,16 @@ from fluxcli.models.checkpoints import Checkpoint
 
 _CHOICES = "choices.json"  # in the compile cache
 
+_Watched = Callable[[Iterator[Moment]], Iterator[Moment]]
+
 
 @dataclass
 class _Prepared:
-    """A shape made ready: its step, captured on CUDA, and the attention that runs in it."""
+    """A shape made ready: its steps, captured on CUDA, what a step cache keeps between them, and the attention in
+    them."""
 
-    step: StepFunction
+    steps: Steps
+    added: step_cache.Added | None
     attention: str
 
 
@@ -80,13 +84,14 @@ class Engine:
         self._embeddings = EmbeddingCache()
         self._channels = self._flux.config.in_channels // denoise.PATCH**2
         self._prepared: dict[ShapeKey, _Prepared] = {}
+        self._kept = step_cache.Kept(self._device, self._dtype)
         if config.compile and not self._cuda:  # on CUDA the blocks are made of fused kernels already
             _compile_blocks(self._flux.double_blocks, self._flux.single_blocks)
 
     @property
     def replays(self) -> int:
         """Replays of captured steps so far, over all shapes."""
-        steps = [prepared.step for prepared in self._prepared.values()]
+        steps = [step for prepared in self._prepared.values() for step in prepared.steps]
         return sum(step.replays for step in steps if isinstance(step, Captured))
 
     @property
@@ -111,7 +116,7 @@ class Engine:
         for key in keys:
             before, start = compile_counts(), time.perf_counter()
             with device_faults(key):
-                prepared = self._prepare(key)
+                prepared = self._prepare(self._at_once(key))
                 if self._cuda:
                     torch.cuda.synchronize()
             new = compile_counts() - before
@@ -131,27 +136,43 @@ class Engine:
             return self._submit(batch)
 
     @torch.inference_mode()
-    def denoise(self, key: ShapeKey, img: Tensor, txt: Tensor, steps: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    def denoise(self, key: ShapeKey, img: Tensor, txt: Tensor, moments: Iterable[Moment]) -> Tensor:
         """The loop that every batch of `key` goes through, for those who measure it. img [B, I, C] and txt [B, L, D] in
-        the model's dtype, each step's (mod, dt) -> img after all steps, good until the next call.
+        the model's dtype -> img after a step at every moment, good until the next call.
 
         Raises:
             OutOfMemory, DeviceError: as `submit`.
         """
         with device_faults(key):
-            return denoise.denoise(self._prepare(key).step, img, txt, steps)
+            return denoise.denoise(self._prepare(key).steps, img, txt, moments)
+
+    @torch.inference_mode()
+    def ratios(self, batch: Batch) -> list[float]:
+        """How much larger what the blocks add is at each step than at the step before, as the mean over image tokens; 1
+        first. Of a batch without a mask, where the settings have a step cache: what `fluxcli calibrate` measures.
+
+        Raises:
+            OutOfMemory, DeviceError: as `submit`.
+        """
+        with device_faults(batch.key):
+            added = self._prepare(self._at_once(batch.key)).added
+            assert added is not None
+            norms = step_cache.Norms(added)
+            txt, vec = self._encode(batch.key, [record.prompt for record in batch.records])
+            self._denoise(batch, batch.records, txt, vec, norms.watched)
+            return norms.ratios()
 
     def _submit(self, batch: Batch) -> InFlight:
-        prepared = self._prepare(batch.key)
+        self._prepare(self._at_once(batch.key))
         records = [*batch.records, *[batch.records[-1]] * (batch.key.batch_size - len(batch.records))]
         clock = Clock(self._cuda)
         txt, vec = self._encode(batch.key, [record.prompt for record in records])
         clock.mark()
         if self._singly:
             parts = zip([[record] for record in records], txt.split(1), vec.split(1), strict=True)
-            img = torch.cat([self._denoise(batch, *part, prepared.step) for part in parts])
+            img = torch.cat([self._denoise(batch, *part) for part in parts])
         else:
-            img = self._denoise(batch, records, txt, vec, prepared.step)
+            img = self._denoise(batch, records, txt, vec)
         clock.mark()
         pixels, finite = self._decoder(denoise.unpack(img, *self._latent_size(batch.key)))
         clock.mark()
@@ -170,29 +191,37 @@ class Engine:
         return torch.stack(txts), torch.stack(vecs)
 
     def _denoise(
-        self, batch: Batch, records: Sequence[PromptRecord], txt: Tensor, vec: Tensor, step: StepFunction
+        self, batch: Batch, records: Sequence[PromptRecord], txt: Tensor, vec: Tensor, watched: _Watched = iter
     ) -> Tensor:
+        prepared = self._prepare(self._at_once(batch.key))
         height, width = self._latent_size(batch.key)
         seeds = [record.seed for record in records]
         img = self._upload(denoise.stack_noise(seeds, self._channels, height, width, self._dtype))
         guidance = None
         if self._flux.config.guidance_embeds:
             guidance = self._upload(torch.tensor([record.guidance_scale for record in records], dtype=torch.float32))
-        return denoise.denoise(step, img, txt, self._steps(batch.num_inference_steps, img.shape[1], guidance, vec))
+        if prepared.added is not None:
+            prepared.added.clear()
+        moments = self._moments(batch.mask or "1" * batch.num_inference_steps, img.shape[1], guidance, vec)
+        return denoise.denoise(prepared.steps, img, txt, watched(moments))
 
-    def _steps(
-        self, steps: int, image_tokens: int, guidance: Tensor | None, vec: Tensor
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each step's (mod [B, modulations, D], dt []): all that tells one step from the next."""
-        timesteps, sigmas = self._schedule(steps, image_tokens)
+    def _moments(self, mask: str, image_tokens: int, guidance: Tensor | None, vec: Tensor) -> Iterator[Moment]:
+        """A moment for each step of a mask."""
+        timesteps, sigmas = self._schedule(len(mask), image_tokens)
+        ahead = self._upload(step_cache.ahead(mask, sigmas)).unbind()
         at_once = max(1, memory.MODULATION_ROWS // len(vec))
         parts = zip(self._upload(timesteps).split(at_once), self._upload(sigmas.diff()).split(at_once), strict=True)
+        each = iter(zip(mask, ahead, strict=True))
         for part, dts in parts:
-            yield from zip(self._flux.modulations(part, guidance, vec), dts, strict=True)
+            for mod, dt in zip(self._flux.modulations(part, guidance, vec), dts, strict=True):
+                evaluated, by = next(each)
+                yield Moment(mod, dt, None if evaluated == "1" else by)
+
+    def _at_once(self, key: ShapeKey) -> ShapeKey:
+        """The shape at which batches of `key` are denoised."""
+        return key._replace(batch_size=1) if self._singly else key
 
     def _prepare(self, key: ShapeKey) -> _Prepared:
-        if self._singly:
-            key = key._replace(batch_size=1)
         if key not in self._prepared:
             height, width = self._latent_size(key)
             config = self._flux.config
@@ -201,35 +230,37 @@ class Engine:
             if isinstance(self._attend, Attention):
                 shape = (key.batch_size, len(ids), config.num_attention_heads, config.attention_head_dim)
                 self._attend.require(*shape, self._device, self._dtype)
-
-            def step(img: Tensor, txt: Tensor, mod: Tensor, dt: Tensor) -> Tensor:
-                return denoise.euler_step(img, self._flux(img, txt, mod, fixed), dt)
-
-            self._prepared[key] = self._ready(key, step)
+            added = None
+            if self.config.step_cache:
+                added = self._kept.at(key.batch_size, len(ids) - key.text_length, config.inner_dim)
+            steps = step_cache.steps(self._flux, fixed, added)
+            self._prepared[key] = self._ready(key, steps, added)
         return self._prepared[key]
 
-    def _ready(self, key: ShapeKey, step: StepFunction) -> _Prepared:
-        """Runs every stage at this shape once, so that all compiling is over, and captures the step."""
+    def _ready(self, key: ShapeKey, steps: Steps, added: step_cache.Added | None) -> _Prepared:
+        """Runs every stage at this shape once, so that all compiling is over, and captures the steps."""
         if self.config.compile:
             with self._tuning():
-                step = self._rehearsed(key, step)
+                steps = self._rehearsed(key, steps)
         backend = self._attend.latest if isinstance(self._attend, Attention) else "sdpa"
-        return _Prepared(step, backend)
+        return _Prepared(steps, added, backend)
 
-    def _rehearsed(self, key: ShapeKey, step: StepFunction) -> StepFunction:
+    def _rehearsed(self, key: ShapeKey, steps: Steps) -> Steps:
         height, width = self._latent_size(key)
         if self._cuda:
             self._text.capture(key.text_length, self._pool)
         txt, vec = self._encode(key, ["a prompt"] * key.batch_size)
         img = self._upload(denoise.stack_noise(range(key.batch_size), self._channels, height, width, self._dtype))
         guidance = torch.ones(key.batch_size, device=self._device) if self._flux.config.guidance_embeds else None
-        mod, dt = next(self._steps(1, img.shape[1], guidance, vec))
+        mod, dt, _ = next(self._moments("1", img.shape[1], guidance, vec))
         if self._cuda:
-            step = Captured(step, img, txt, mod, dt, pool=self._pool)
+            evaluate = Captured(steps.evaluate, img, txt, mod, dt, pool=self._pool)
+            reuse = steps.reuse and Captured(steps.reuse, img, mod, dt, torch.zeros_like(dt), pool=self._pool)
+            steps = Steps(evaluate, reuse)
         else:
-            step(img, txt, mod, dt)
+            steps.evaluate(img, txt, mod, dt)
         self._decoder(denoise.unpack(img, height, width))
-        return step
+        return steps
 
     @contextmanager
     def _tuning(self) -> Iterator[None]:

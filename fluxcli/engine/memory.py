@@ -6,6 +6,7 @@ halves a batch that does not fit after all.
 
     denoise    the captured graph's buffers, kept for the whole job: `_TOKEN` values as wide as the model per token;
                and the modulations of the steps that are made at once
+    step cache what the blocks added: two values as wide as the model per image token of the largest shape
     encode     T5's activations, kept by its graph: `_TEXT` values as wide as its MLP per token, and attention scores
     decode     the VAE's activations: `_PIXEL` bytes for each pixel decoded at once
 
@@ -26,6 +27,7 @@ from fluxcli.core.errors import OutOfMemory
 from fluxcli.core.records import Group, ShapeKey
 from fluxcli.engine.nets.flux1 import FluxConfig
 from fluxcli.engine.runtime.device import DTYPES
+from fluxcli.engine.step_cache import BUFFERS
 from fluxcli.engine.text import TEXT_BATCH
 from fluxcli.engine.vae import chunk_size
 from fluxcli.engine.weights.fill import size
@@ -51,9 +53,13 @@ class MemoryPlan:
 
 
 class Needs:
-    """Bytes that one checkpoint needs in one dtype, with the denoiser's blocks in 8 bits where `fp8`."""
+    """Bytes that one checkpoint needs in one dtype, with the denoiser's blocks in 8 bits where `fp8`, and with what a
+    `step_cache` keeps."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, fp8: bool = False) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, dtype: torch.dtype, fp8: bool = False, step_cache: bool = False
+    ) -> None:
+        self._kept = BUFFERS if step_cache else 0
         parts = ("transformer", "text_encoder", "text_encoder_2", "vae")
         self._weights = {part: size(checkpoint, part, dtype, fp8) for part in parts}
         self._flux = FluxConfig.from_json(checkpoint.transformer)
@@ -70,10 +76,15 @@ class Needs:
         one runs outside it once, before it is captured."""
         graphs = sorted((self._graph(key) for key in keys), reverse=True)
         text = max(self._encode(key.text_length) for key in keys)
-        return text + graphs[0] + max([*graphs[1:], *map(self._passing, keys)]) + _CONTEXT
+        added = self._kept * max(key._replace(text_length=0).tokens() for key in keys)
+        return text + graphs[0] + max([*graphs[1:], *map(self._passing, keys)]) + self._wide(added) + _CONTEXT
 
     def _graph(self, key: ShapeKey) -> int:
-        return key.tokens() * self._flux.inner_dim * _TOKEN * self._width
+        return self._wide(_TOKEN * key.tokens())
+
+    def _wide(self, values: int) -> int:
+        """Bytes of so many values as wide as the model."""
+        return values * self._flux.inner_dim * self._width
 
     def _passing(self, key: ShapeKey) -> int:
         modulations = MODULATION_ROWS * self._flux.modulations * self._flux.inner_dim * self._width
@@ -100,7 +111,7 @@ def plan(
     """
     if not config.device.startswith("cuda") or not shapes:
         return MemoryPlan()
-    needs = Needs(checkpoint, DTYPES[config.dtype], config.fp8)
+    needs = Needs(checkpoint, DTYPES[config.dtype], config.fp8, config.step_cache)
     there = free(config.device) if available is None else available
     wanted, least = needs.shapes(shapes), needs.shapes([key._replace(batch_size=1) for key in shapes])
     for visiting in (False, True):
@@ -124,7 +135,7 @@ class LargestBatch:
     def __init__(self, checkpoint: Checkpoint, config: EngineConfig) -> None:
         self._needs = None
         if config.device.startswith("cuda"):
-            self._needs = Needs(checkpoint, DTYPES[config.dtype], config.fp8)
+            self._needs = Needs(checkpoint, DTYPES[config.dtype], config.fp8, config.step_cache)
             self._free = free(config.device)
 
     def __call__(self, group: Group) -> int:

@@ -65,6 +65,7 @@ class Job:
         options = {
             "dtype": self.engine.dtype,
             **({"quantization": self.engine.quantization} if self.engine.fp8 else {}),
+            **({"step_cache": str(self.defaults.step_cache)} if self.defaults.step_cache.on else {}),
             "text_lengths": list(self.text_lengths),
             "width": self.defaults.width,
             "height": self.defaults.height,

@@ -8,6 +8,7 @@ from fluxcli.core.config import ImageFormat, RowDefaults
 from fluxcli.core.errors import JobError, UsageError, first_line
 from fluxcli.core.files import replacing
 from fluxcli.core.records import Batch, Failure, Images, PromptRecord, ShapeKey
+from fluxcli.core.step_cache import StepCache
 from fluxcli.job.input.intake import OneRow, take_in
 from fluxcli.job.output import images
 from fluxcli.job.run import signals
@@ -42,16 +43,23 @@ def shapes(records: Sequence[PromptRecord], batch_size: int) -> list[ShapeKey]:
 
 
 def made(
-    engine: Engine, records: Sequence[PromptRecord], batch_size: int
+    engine: Engine, records: Sequence[PromptRecord], batch_size: int, step_cache: StepCache
 ) -> Iterator[tuple[Sequence[PromptRecord], Images]]:
     """The records' images, batch by batch."""
+    steps = records[0].num_inference_steps
     for index, start in enumerate(range(0, len(records), batch_size)):
         part = records[start : start + batch_size]
-        yield part, engine.submit(Batch(index, _key(part), part[0].num_inference_steps, part)).result()
+        yield part, engine.submit(Batch(index, _key(part), steps, part, step_cache.mask(steps))).result()
 
 
 def generate(
-    engine: Engine, records: Sequence[PromptRecord], batch_size: int, output: Path, format: ImageFormat, model: str
+    engine: Engine,
+    records: Sequence[PromptRecord],
+    batch_size: int,
+    step_cache: StepCache,
+    output: Path,
+    format: ImageFormat,
+    model: str,
 ) -> Iterator[tuple[PromptRecord, Path | Failure]]:
     """Makes and writes each record's image, never over an existing file. One that cannot be made or encoded is a
     failure, and costs the others nothing. Signals are held while an image is written and told.
@@ -60,7 +68,7 @@ def generate(
         JobError: the disk cannot be written.
         Stopped: a signal came.
     """
-    for part, result in made(engine, records, batch_size):
+    for part, result in made(engine, records, batch_size, step_cache):
         for slot, record in enumerate(part):
             with signals.held():
                 yield record, _save(result, slot, record, output, format, model)

@@ -212,10 +212,6 @@ class Flux(nn.Module):
         emb = emb + self.vector_in(vec)[None]
         return self.modulation(F.silu(emb)).unflatten(-1, (self.config.modulations, -1))
 
-    def forward(self, img: Tensor, txt: Tensor, mod: Tensor, step: Step) -> Tensor:
-        """One step's velocity. img [B, I, in_channels], txt [B, L, D], mod [B, modulations, D] -> like img."""
-        return self.head(self.body(self.embed(img), txt, mod, step), mod)
-
     def embed(self, img: Tensor) -> Tensor:
         """Latents [B, I, in_channels] -> the image stream [B, I, D]."""
         return self.img_in(img)

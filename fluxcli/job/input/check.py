@@ -72,6 +72,8 @@ def images_of(row: dict[str, Any], schema: Schema, index: int, line: int, defaul
             width = _side("width", given, width)
             height = _side("height", given, height)
             steps = _integer("num_inference_steps", given, 1, MAX_STEPS, steps)
+            if refusal := defaults.step_cache.refusal(steps):
+                raise RowError(f"num_inference_steps: {refusal}")
             guidance = _guidance(given, guidance)
             copies = _integer("num_images", given, 1, MAX_IMAGES_PER_ROW, copies)
             seed = _seed(given)

@@ -63,7 +63,8 @@ class Identity:
         return told
 
 
-_UNSAID = {"quantization": "none"}  # options that job.json leaves out, with the value that they have then
+# Options that job.json leaves out, with the value that they have then.
+_UNSAID = {"quantization": "none", "step_cache": "off"}
 _SCALAR = (str, int, float, type(None))
 
 

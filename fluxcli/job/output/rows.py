@@ -94,6 +94,7 @@ def _error(value: Any) -> str | None:
 _id = _matching(ID, "an id of letters, digits and ._-")
 _name = _matching(IMAGE_NAME.pattern, "images/ID.png, .jpg or .webp, or such a name in images/NNNN/")
 _sha256 = _matching(r"[0-9a-f]{64}", "64 hexadecimal digits")
+_mask = _matching(r"1[01]*", "a mask of 0 and 1 that begins with 1")
 _count, _size = _whole(0, 2**63 - 1), _whole(1, 2**16)
 _object, _bool, _number = _of(dict, "an object"), _of(bool, "true or false"), _of((int, float), "a number")
 
@@ -130,6 +131,8 @@ class ManifestRow(Row):
     num_inference_steps: Annotated[int, _whole(1, 10**6)]
     guidance_scale: Annotated[float | None, _or_null(_guidance)]
     quantization: Annotated[str | None, _text] = None  # none is not written
+    step_cache: Annotated[str | None, _mask] = None
+    evaluated_steps: Annotated[int | None, _whole(1, 10**6)] = None
     text_tokens: Annotated[int | None, _count] = None
     text_length: Annotated[int | None, _count] = None
     truncated: Annotated[bool | None, _bool] = None

@@ -61,7 +61,9 @@ class Runner:
             if len(planned.rows) > lane.limit(planned.key):
                 waiting.extendleft(reversed(self._split(planned)))
                 continue
-            batch = Batch(index, planned.key, planned.num_inference_steps, self._intake.records(planned.rows))
+            steps = planned.num_inference_steps
+            mask = self._intake.defaults.step_cache.mask(steps)
+            batch = Batch(index, planned.key, steps, self._intake.records(planned.rows), mask)
             index += 1
             submitted = None
             try:

@@ -139,6 +139,8 @@ class Saver:
             num_inference_steps=record.num_inference_steps,
             guidance_scale=record.guidance_scale,
             quantization=self._run.machine.get("quantization"),
+            step_cache=batch.mask or None,
+            evaluated_steps=batch.mask.count("1") or None,
             text_tokens=record.text_tokens,
             text_length=record.text_length,
             truncated=record.truncated,
