@@ -17,6 +17,7 @@ from fluxcli.bench.parity import parity
 from fluxcli.core.config import EngineConfig
 from fluxcli.core.errors import FluxcliError, first_line
 from fluxcli.core.records import Batch, Images, PromptRecord, ShapeKey
+from fluxcli.core.step_cache import OFF, StepCache
 from fluxcli.engine.engine import Engine
 from fluxcli.engine.flight import InFlight
 from fluxcli.engine.nets.flux1 import Flux
@@ -24,7 +25,7 @@ from fluxcli.engine.runtime import stopwatch
 from fluxcli.models.checkpoints import Checkpoint
 
 OURS = "fluxcli"
-_PRODUCTS, _ATTENTION = "products", "attention"
+_PRODUCTS, _ATTENTION, _REUSED = "products", "attention", "reused"
 
 _SIGMA, _DT = 0.9, -0.03  # of the step that is timed; any would do
 _TURN_S = 0.3
@@ -48,6 +49,7 @@ class Bench:
     keys: Sequence[ShapeKey]
     steps: int
     guidance: float | None
+    step_cache: StepCache = OFF
     vs: str | None = None
     cold_start: bool = False
 
@@ -72,6 +74,7 @@ class Bench:
             "model": self.checkpoint.name,
             **machine(self.engine),
             "steps": self.steps,
+            **({"step_cache": str(self.step_cache), "mask": self._mask} if self.step_cache.on else {}),
             "rounds": stopwatch.ROUNDS,
             "load_s": time.perf_counter() - begin,
             "cold_start": starts,
@@ -138,14 +141,15 @@ class Bench:
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         (warm,) = engine.warm_up([key])
-        one_step = engine.submit(self._batch(key, _MOST_BATCHES, steps=1)).result()
-        whole = key.batch_size * (one_step.timing.as_row()["total_s"] + (self.steps - 1) * one_step.timing.denoise_s)
+        one_step = engine.submit(self._batch(key, _MOST_BATCHES, "1")).result()
+        more = self.step_cache.cost(self.steps) - 1
+        whole = key.batch_size * (one_step.timing.as_row()["total_s"] + more * one_step.timing.denoise_s)
         count = max(1, min(_MOST_BATCHES, int(_JOB_S / whole)))
         done: list[Images] = []
         waiting: InFlight | None = None
         start = time.perf_counter()
         for number in range(count):
-            submitted = engine.submit(self._batch(key, number, self.steps))
+            submitted = engine.submit(self._batch(key, number, self._mask))
             if waiting:
                 done.append(waiting.result())
             waiting = submitted
@@ -154,7 +158,7 @@ class Bench:
         seconds = time.perf_counter() - start
         images = count * key.batch_size
         timings = [result.timing for result in done]
-        records = self._batch(key, count - 1, self.steps).records
+        records = self._batch(key, count - 1, self._mask).records
         return {
             "attention": warm.attention,
             "warm_up": {"seconds": warm.seconds, "state": warm.state},
@@ -170,7 +174,7 @@ class Bench:
         }
 
     def _step(self, engine: Engine, key: ShapeKey, contestants: Mapping[str, peers.Diffusers]) -> dict[str, Any]:
-        """One denoising step: ours, the floor's two parts and every peer's, by turns.
+        """One denoising step: ours, one that a step cache reuses, the floor's two parts and every peer's, by turns.
 
         Ours is what the loop repeats; what is done once for all steps of a batch counts in `components`.
         """
@@ -184,6 +188,10 @@ class Bench:
             _PRODUCTS: floor.products_run(config, key, device, dtype, engine.config.fp8),
             _ATTENTION: floor.attention_run(config, key, device, dtype, fastest),
         }
+        if self.step_cache.on:
+            (moment,) = steps
+            reused = [moment._replace(ahead=torch.tensor(0.5, device=device))]
+            runs[_REUSED] = lambda: engine.denoise(key, inputs.img, txt, reused)
         measured: dict[str, dict[str, Any]] = {}
         for name, peer in contestants.items():
             try:
@@ -203,6 +211,7 @@ class Bench:
             "ms_per_step": ms[OURS],
             "ms_per_image_step": ms[OURS] / key.batch_size,
             "tflops": floor.flops(config, key) / ms[OURS] / 1e9,
+            **({"reused": {"ms": ms[_REUSED], "share": ms[_REUSED] / ms[OURS]}} if _REUSED in ms else {}),
             "floor": {
                 "ms": floor_ms,
                 "products_ms": ms[_PRODUCTS],
@@ -215,9 +224,13 @@ class Bench:
             "rounds_s": times,
         }
 
-    def _batch(self, key: ShapeKey, number: int, steps: int) -> Batch:
+    @property
+    def _mask(self) -> str:
+        return self.step_cache.mask(self.steps) or "1" * self.steps
+
+    def _batch(self, key: ShapeKey, number: int, mask: str) -> Batch:
         """Images of one job; the engine remembers prompts, so that each is one that it has not seen."""
-        records = []
+        records, steps = [], len(mask)
         for slot in range(key.batch_size):
             id = f"{'x'.join(map(str, key))}-{number}-{slot}"
             records.append(
@@ -226,7 +239,7 @@ class Bench:
                     line=slot + 1, text_length=key.text_length,
                 )
             )  # fmt: skip
-        return Batch(number, key, steps, records)
+        return Batch(number, key, steps, records, mask)
 
 
 def errors(result: Mapping[str, Any]) -> list[str]:

@@ -32,8 +32,11 @@ def headline(result: Mapping[str, Any]) -> str:
     cuda = f" with CUDA {versions['cuda']}" if versions.get("cuda") else ""
     compiled = "" if result["compile"] else ", not compiled"
     quantized = f" and {result['quantization']}" if "quantization" in result else ""
+    cache = ""
+    if mask := result.get("mask"):
+        cache = f", step cache {result['step_cache']}: {mask.count('1')} of {len(mask)} steps evaluated"
     return (
-        f"{result['model']} on {result['device']}, {result['dtype']}{quantized}{compiled}, "
+        f"{result['model']} on {result['device']}, {result['dtype']}{quantized}{compiled}{cache}, "
         f"torch {versions['torch']}{cuda}, diffusers {versions['diffusers']}, medians of {result['rounds']} rounds"
     )
 
@@ -41,7 +44,9 @@ def headline(result: Mapping[str, Any]) -> str:
 def step_rows(result: Mapping[str, Any]) -> list[list[str]]:
     """One denoising step, a row a shape, under a header: milliseconds per image, and how they compare."""
     names = list(dict.fromkeys(name for row in result["shapes"] for name in row.get("peers", {})))
+    reused = any("reused" in row for row in result["shapes"])
     header = ["batch", "size", "text", "attention", "ms per image and step", "% of floor", "TFLOP/s"]
+    header += ["reused step"] if reused else []
     for name in names:
         header += [name, "ratio"]
     rows = [header]
@@ -49,6 +54,7 @@ def step_rows(result: Mapping[str, Any]) -> list[list[str]]:
         cells = [*_shape(row), row.get("attention") or _NONE]
         cells += [_figure(row.get("ms_per_image_step"), ".2f"), _figure(row.get("percent_of_floor"), ".1f")]
         cells.append(_figure(row.get("tflops"), _significant))
+        cells += [_figure(row.get("reused", {}).get("share"), ".2%")] if reused else []
         for name in names:
             peer = row.get("peers", {}).get(name, {})
             cells += [_figure(peer.get("ms_per_image_step"), ".2f"), _figure(row.get("ratio", {}).get(name), ".3f")]

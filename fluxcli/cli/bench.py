@@ -6,8 +6,18 @@ from functools import partial
 
 import click
 
-from fluxcli.cli.options import TEXT_LENGTHS, Machine, choice, example, json_output, machine_options, verbosity
-from fluxcli.cli.settings import checkpoint_of, engine_settings, load_engine, say
+from fluxcli.cli.options import (
+    TEXT_LENGTHS,
+    Machine,
+    Rows,
+    choice,
+    example,
+    json_output,
+    machine_options,
+    step_cache_option,
+    verbosity,
+)
+from fluxcli.cli.settings import load_engine, say, settings
 from fluxcli.cli.types import Numbers, Size
 from fluxcli.core import config
 
@@ -34,6 +44,7 @@ from fluxcli.core import config
     help=f"Lengths of prompts, in T5 tokens.  [default: {config.MAX_TEXT_LENGTH}, the reference setting]",
 )
 @click.option("--steps", type=click.IntRange(1, 1000), metavar="N", help="Of a whole image.  [default: the model's]")
+@step_cache_option
 @click.option(
     "--vs",
     type=choice("diffusers", "torchao"),
@@ -51,6 +62,7 @@ def bench(
     batch_sizes: Sequence[int],
     text_lengths: Sequence[int],
     steps: int | None,
+    step_cache: str,
     vs: str | None,
     cold_start: bool,
     machine: Machine,
@@ -65,9 +77,8 @@ def bench(
     from fluxcli.core.records import ShapeKey
     from fluxcli.job.output import images
 
-    checkpoint = checkpoint_of(machine.model, machine.revision)
-    engine_config = engine_settings(machine)
-    defaults = checkpoint.row_defaults()
+    rows = Rows(width=None, height=None, steps=steps, guidance=None, seed=0)
+    checkpoint, engine_config, defaults = settings(machine, rows, step_cache=step_cache)
     keys = [
         ShapeKey(batch_size, height, width, length)
         for width, height in sizes or [(defaults.width, defaults.height)]
@@ -78,8 +89,9 @@ def bench(
         checkpoint,
         engine_config,
         keys,
-        steps or defaults.num_inference_steps,
+        defaults.num_inference_steps,
         defaults.guidance_scale,
+        defaults.step_cache,
         vs,
         cold_start,
     )

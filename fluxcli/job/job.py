@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from fluxcli.job.output.failed import Failed, read_failed
 from fluxcli.job.output.identity import check_identity
 from fluxcli.job.output.sink import utc_now
 from fluxcli.job.output.store import JobStore
-from fluxcli.job.plan import BatchSize, Plan, padded_sizes, plan, size_of
+from fluxcli.job.plan import BatchSize, Plan, padded_sizes, plan, size_of, work
 from fluxcli.job.report import text as report
 from fluxcli.job.run import signals
 from fluxcli.job.run.lanes import Engine
@@ -177,8 +177,9 @@ class Job:
     def _make(self, run: Run, intake: Intake, make_engine: Callable[[list[ShapeKey]], Engine]) -> None:
         todo = self.plan(intake)
         run.planned, run.shapes = len(intake.groups), todo.shapes()
-        with Progress(len(intake.groups)) as progress:
-            saver = Saver(run, self.image, self.checkpoint.label, progress, self.max_failures)
+        cost = cache(partial(work, step_cache=self.defaults.step_cache))
+        with Progress(len(intake.groups), sum(map(cost, intake.groups))) as progress:
+            saver = Saver(run, self.image, self.checkpoint.label, progress, self.max_failures, cost)
             with signals.held():
                 saver.fail(intake.failures, attempted=False)
             if not len(todo):

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from fluxcli.core.records import Group, ShapeKey
+from fluxcli.core.step_cache import StepCache
 
 BatchSize = int | Callable[[Group], int]
 
@@ -42,6 +43,12 @@ class Plan:
 def bucket(text_tokens: int, text_lengths: Sequence[int]) -> int:
     """The smallest of `text_lengths` (ascending) that holds `text_tokens`; the largest where none does."""
     return next((length for length in text_lengths if text_tokens <= length), text_lengths[-1])
+
+
+def work(group: Group, step_cache: StepCache) -> float:
+    """What an image of a group costs, in tokens through the blocks."""
+    tokens = ShapeKey(1, group.height, group.width, group.text_length).tokens()
+    return tokens * step_cache.cost(group.num_inference_steps)
 
 
 def size_of(batch_size: BatchSize, group: Group) -> int:

@@ -4,6 +4,7 @@ that diffusers publishes for FLUX.1-dev. Read without diffusers or torch, which 
 import ast
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
@@ -86,11 +87,19 @@ def read(path: Path) -> tuple[float, ...]:
     return _checked(path, ratios)
 
 
-def write(path: Path, model: str, size: str, prompts: int, ratios: list[float]) -> None:
-    """A calibration; only the ratios are ever read."""
-    told = {"model": model, "size": size, "prompts": prompts, "ratios": [round(ratio, 5) for ratio in ratios]}
-    with replacing(path) as file:
-        file.write(f"{json.dumps(told, indent=2)}\n".encode())
+def write(path: Path, model: str, images: int, ratios: Sequence[float]) -> None:
+    """A calibration, of which only the ratios are ever read.
+
+    Raises:
+        ModelError: they are no ratios that could be read again, or the file cannot be written.
+    """
+    kept = [round(ratio, 5) for ratio in ratios]
+    _checked(path, kept)
+    try:
+        with replacing(path) as file:
+            file.write(f"{json.dumps({'model': model, 'images': images, 'ratios': kept}, indent=2)}\n".encode())
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 @cache
@@ -108,7 +117,7 @@ def published() -> tuple[float, ...]:
     raise ModelError(f"{path}: has no {_RATIOS}; fluxcli calibrate measures a model's own")
 
 
-def _checked(path: Path, ratios: list[Any]) -> tuple[float, ...]:
+def _checked(path: Path, ratios: Sequence[Any]) -> tuple[float, ...]:
     for ratio in ratios:
         if not isinstance(ratio, int | float) or isinstance(ratio, bool) or not _LOW <= ratio <= _HIGH:
             raise ModelError(f"{path}: a ratio must be a number from {_LOW} to {_HIGH}, not {shown(ratio)}")

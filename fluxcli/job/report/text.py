@@ -5,17 +5,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fluxcli.core.records import Failure
+from fluxcli.core.step_cache import OFF
 from fluxcli.core.terminal import printable_line
 from fluxcli.job.input.intake import Intake
 from fluxcli.job.input.keys import Tally
-from fluxcli.job.plan import Plan
+from fluxcli.job.plan import Plan, work
 from fluxcli.job.run.totals import Totals
 
 
 def plan_data(intake: Intake, plan: Plan) -> dict[str, Any]:
     """The plan: buckets, groups of batches, padding, shapes to compile, and what is done or refused already.
 
-    `text_padding` is the share of text tokens that are padding, `batch_padding` the share of images that are.
+    `text_padding` is the share of text tokens that are padding, `batch_padding` the share of images that are. With a
+    step cache `denoising` is the share of the denoiser's work that is left.
     """
     images, tokens = Counter[int](), Counter[int]()
     for count, text_length in intake.text_tokens():
@@ -27,6 +29,7 @@ def plan_data(intake: Intake, plan: Plan) -> dict[str, Any]:
     in_group = Counter(
         (group.width, group.height, group.text_length, group.num_inference_steps) for group in intake.groups
     )
+    step_cache = intake.defaults.step_cache
     slots = sum(batch.key.batch_size for batch in plan)
     text = sum(length * count for length, count in images.items())
     return {
@@ -52,6 +55,7 @@ def plan_data(intake: Intake, plan: Plan) -> dict[str, Any]:
                 "height": group[1],
                 "text_length": group[2],
                 "num_inference_steps": group[3],
+                **step_cache.told(group[3]),
                 "images": in_group[group],
                 "batches": batches,
             }
@@ -60,6 +64,7 @@ def plan_data(intake: Intake, plan: Plan) -> dict[str, Any]:
         "batches": len(plan),
         "text_padding": _share(text, sum(tokens.values())),
         "batch_padding": _share(slots, len(intake.groups)),
+        **({"denoising": _denoising(intake)} if step_cache.on else {}),
         "shapes": [key._asdict() for key in plan.shapes()],
         "failures": [failure.as_row() for failure in intake.failures],
     }
@@ -71,7 +76,7 @@ def plan_table(data: dict[str, Any]) -> str:
         (
             f"{group['width']}x{group['height']}",
             str(group["text_length"]),
-            str(group["num_inference_steps"]),
+            _steps(group),
             str(group["images"]),
             str(group["batches"]),
         )
@@ -85,6 +90,8 @@ def plan_table(data: dict[str, Any]) -> str:
         f"{data['done']} done, {data['failed']} failed, {data['truncated']} truncated"
     )
     lines.append(f"padding: {data['text_padding']:.1%} of text tokens, {data['batch_padding']:.1%} of images")
+    if "denoising" in data:
+        lines.append(f"step cache: {data['denoising']:.1%} of the denoiser's work is left")
     shapes = ", ".join(
         f"{shape['batch_size']} x {shape['width']}x{shape['height']}/{shape['text_length']}" for shape in data["shapes"]
     )
@@ -92,6 +99,11 @@ def plan_table(data: dict[str, Any]) -> str:
     if data["unknown_keys"]:
         lines.append(f"keys that are no settings, kept under meta: {_with_counts(data['unknown_keys'])}")
     return "\n".join(lines)
+
+
+def _steps(group: dict[str, Any]) -> str:
+    evaluated = f" ({group['evaluated_steps']} evaluated)" if "evaluated_steps" in group else ""
+    return f"{group['num_inference_steps']}{evaluated}"
 
 
 def failure_lines(failures: Sequence[Failure], shown: int = 5) -> list[str]:
@@ -146,6 +158,15 @@ def _with_counts(counts: Mapping[str, int], shown: int | None = None) -> str:
     named = sorted(counts.items(), key=lambda item: -item[1])
     told = [f"{printable_line(name)} ({count} row{'s' if count > 1 else ''})" for name, count in named[:shown]]
     return ", ".join(told) + (f" and {len(named) - len(told)} more" if len(told) < len(named) else "")
+
+
+def _denoising(intake: Intake) -> float:
+    images = Counter(intake.groups)
+    left, whole = (
+        sum(work(group, step_cache) * count for group, count in images.items())
+        for step_cache in (intake.defaults.step_cache, OFF)
+    )
+    return round(left / whole, 4) if whole else 1.0
 
 
 def _share(all: int, used: int) -> float:

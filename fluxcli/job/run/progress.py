@@ -13,23 +13,29 @@ from tqdm import tqdm
 from fluxcli.core.terminal import printable
 
 _SECONDS_BETWEEN_LINES = 30.0
+_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{left}, {rate_fmt}{postfix}]"
 _PATIENCE = 2.0  # seconds in which nothing need be said
 
 
 class Progress:
-    """Counts images done and failed out of `total`, from `start` on: getting the model ready is no part of the rate."""
+    """Counts images done and failed out of `total`, from `start` on: getting the model ready is no part of the rate.
 
-    def __init__(self, total: int, clock: Callable[[], float] = time.monotonic) -> None:
+    Args:
+        work: what all of them cost, in any unit; without it they are taken to cost the same.
+    """
+
+    def __init__(self, total: int, work: float | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._total, self._clock = total, clock
-        self._done = self._failed = self._failed_before = 0
+        self._work = self._left = float(total) if work is None else work
+        self._done = self._failed = 0
         self._started = self._last_line = clock()
-        self._bar: tqdm[Any] | None = None
+        self._bar: _Bar | None = None
 
     def start(self) -> None:
         self._started = self._last_line = self._clock()
-        self._failed_before = self._failed  # rows that could not be read, which are none of the total
+        self._left = self._work  # rows that could not be read are none of it
         if sys.stderr.isatty():
-            self._bar = tqdm(total=self._total, unit="img", file=sys.stderr, dynamic_ncols=True)
+            self._bar = _Bar(total=self._total, unit="img", file=sys.stderr, dynamic_ncols=True, bar_format=_FORMAT)
 
     def __enter__(self) -> "Progress":
         return self
@@ -40,10 +46,13 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
-    def advance(self, done: int, failed: int = 0) -> None:
+    def advance(self, done: int, failed: int = 0, work: float | None = None) -> None:
+        """`work` is what these cost; without it they cost as much as all do on average."""
         self._done += done
         self._failed += failed
+        self._left -= (done + failed) * self._work / max(self._total, 1) if work is None else work
         if self._bar is not None:
+            self._bar.left = self._time_left()
             self._bar.set_postfix(failed=self._failed, refresh=False)
             self._bar.update(done)
         elif self._clock() - self._last_line >= _SECONDS_BETWEEN_LINES:
@@ -60,12 +69,25 @@ class Progress:
 
     def _line(self) -> str:
         rate = self._done / max(self._clock() - self._started, 1e-9)
-        left = (self._total - self._done - self._failed + self._failed_before) / rate if rate else 0.0
-        minutes, seconds = divmod(round(left), 60)
         return (
-            f"{self._done}/{self._total} images, {rate:.2f} images/s, "
-            f"{minutes // 60:d}:{minutes % 60:02d}:{seconds:02d} left, {self._failed} failed"
+            f"{self._done}/{self._total} images, {rate:.2f} images/s, {self._time_left()} left, {self._failed} failed"
         )
+
+    def _time_left(self) -> str:
+        """By the work that is left, not by images: large ones and those of many steps are made first."""
+        done = self._work - self._left
+        seconds = round((self._clock() - self._started) * max(self._left, 0.0) / done) if done > 0 else 0
+        return f"{seconds // 3600:d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+
+
+class _Bar(tqdm):  # type: ignore[type-arg]
+    """tqdm's, with our own time left."""
+
+    left = "?"
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        return {**super().format_dict, "left": self.left}
 
 
 class Reading:

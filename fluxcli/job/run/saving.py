@@ -5,13 +5,13 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
 from fluxcli.core.config import ImageFormat
 from fluxcli.core.errors import FluxcliError, first_line
-from fluxcli.core.records import Batch, Failure, Images, PromptRecord, Timing
+from fluxcli.core.records import Batch, Failure, Group, Images, PromptRecord, Timing
 from fluxcli.job.output import images
 from fluxcli.job.output.rows import ManifestRow
 from fluxcli.job.output.sink import Written
@@ -33,12 +33,19 @@ class Saver:
     Args:
         model: its name in the images.
         max_failures: stop when more rows than this have failed; None for never.
+        work: what an image of a group costs, as `progress` counts it.
     """
 
     def __init__(
-        self, run: Run, format: ImageFormat, model: str, progress: Progress, max_failures: int | None = None
+        self,
+        run: Run,
+        format: ImageFormat,
+        model: str,
+        progress: Progress,
+        max_failures: int | None = None,
+        work: Callable[[Group], float] = lambda group: 1.0,
     ) -> None:
-        self._run, self._progress = run, progress
+        self._run, self._progress, self._work = run, progress, work
         self._format, self._model, self._max_failures = format, model, max_failures
         self._placed = 0
         self._commits: deque[Future[None]] = deque()
@@ -123,7 +130,7 @@ class Saver:
             self._run.totals.truncated += record.truncated
         self._run.store.commit(written, rows)
         self._run.totals.images += len(rows)
-        self._progress.advance(len(rows))
+        self._progress.advance(len(rows), work=len(rows) * self._work(batch.records[0].group))
         self.fail(failures)
 
     def _row(self, record: PromptRecord, saved: Written, batch: Batch, slot: int, timing: Timing) -> ManifestRow:

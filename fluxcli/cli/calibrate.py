@@ -1,0 +1,98 @@
+"""`fluxcli calibrate`."""
+
+import json
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+
+import click
+
+from fluxcli.cli.options import (
+    FILE,
+    Input,
+    Machine,
+    Rows,
+    example,
+    input_options,
+    json_output,
+    machine_options,
+    row_options,
+    text_lengths_option,
+    verbosity,
+)
+from fluxcli.cli.settings import load_engine, say, settings
+from fluxcli.core.step_cache import PRESETS, StepCache
+
+
+@click.command(
+    epilog=example(
+        "fluxcli calibrate prompts.jsonl -o own.json",
+        "fluxcli batch prompts.jsonl -o out --step-cache own.json:balanced",
+    )
+)
+@click.argument("input", type=click.Path(exists=True, dir_okay=False, allow_dash=True))
+@click.option("-o", "--output", type=FILE, required=True, help="The file to write.")
+@click.option(
+    "--limit", type=click.IntRange(1), metavar="N", default=8, show_default=True, help="Use the first N rows."
+)
+@input_options
+@row_options
+@text_lengths_option
+@machine_options
+@json_output
+@verbosity
+def calibrate(
+    input: str,
+    output: Path,
+    limit: int,
+    reading: Input,
+    rows: Rows,
+    text_lengths: tuple[int, ...],
+    machine: Machine,
+    as_json: bool,
+) -> None:
+    """Measure which steps of this model can be spared, on the first rows of INPUT, for --step-cache FILE:PRESET.
+
+    Every row is drawn with --steps steps, whatever it says itself.
+    """
+    from fluxcli.core.errors import InputError, JobError, UsageError
+    from fluxcli.core.records import Batch, ShapeKey
+    from fluxcli.job.input.intake import take_in
+    from fluxcli.job.input.keys import Columns
+    from fluxcli.job.input.read import PromptFile
+    from fluxcli.models import step_cache
+    from fluxcli.models.tokenizers import Tokenizers
+
+    if output.exists():
+        raise JobError(f"-o {output}: exists already; fluxcli overwrites nothing")
+    checkpoint, engine_config, defaults = settings(machine, rows)
+    steps = defaults.num_inference_steps
+    if steps < 2:
+        raise UsageError(f"--steps {steps}: a step is measured against the one before it")
+    columns = Columns(reading.prompt_column, reading.id_column)
+    with closing(PromptFile(input, reading.input_format, columns)) as source:
+        count = Tokenizers(checkpoint.tokenizers).count
+        intake = take_in(source, defaults, text_lengths, count, limit=limit)
+        for failure in intake.failures:
+            raise InputError(f"{source.name}, line {failure.line}: {failure.message}")
+        records = intake.records(range(len(intake.groups)))[:limit]  # a row may ask for several images
+    if not records:
+        raise InputError(f"{source.name}: has no rows")
+    keys = [ShapeKey(1, each.height, each.width, each.text_length) for each in records]
+    shapes = sorted(set(keys), key=ShapeKey.tokens, reverse=True)
+    engine = load_engine(checkpoint, replace(engine_config, step_cache=True), shapes)
+    engine.warm_up(shapes)
+    measured = []
+    for index, (key, record) in enumerate(zip(keys, records, strict=True)):
+        measured.append(engine.ratios(Batch(index, key, steps, [record])))
+        say(f"{index + 1} of {len(records)} measured: {key}, {steps} steps")
+    ratios = list(map(fmean, zip(*measured, strict=True)))
+    step_cache.write(output, checkpoint.label, len(records), ratios)
+    masks = {name: StepCache(name, step_cache.read(output)).mask(steps) for name in PRESETS}
+    for name, mask in masks.items():
+        say(f"{name:>8}: {mask.count('1')} of {steps} steps evaluated, {mask}")
+    if as_json:
+        click.echo(json.dumps({"file_name": str(output), "ratios": ratios, "masks": masks}))
+    else:
+        click.echo(str(output))
