@@ -25,12 +25,7 @@ from fluxcli.cli.settings import load_engine, say, settings
 from fluxcli.core.step_cache import PRESETS, StepCache
 
 
-@click.command(
-    epilog=example(
-        "fluxcli calibrate prompts.jsonl -o own.json",
-        "fluxcli batch prompts.jsonl -o out --step-cache own.json:balanced",
-    )
-)
+@click.command(epilog=example("fluxcli calibrate prompts.jsonl -o own.json"))
 @click.argument("input", type=click.Path(exists=True, dir_okay=False, allow_dash=True))
 @click.option("-o", "--output", type=FILE, required=True, help="The file to write.")
 @click.option(
@@ -52,7 +47,9 @@ def calibrate(
     machine: Machine,
     as_json: bool,
 ) -> None:
-    """Measure which steps of this model can be spared, on the first rows of INPUT, for --step-cache FILE:PRESET.
+    """Measure which steps of this model can be spared, on the first rows of INPUT.
+
+    What it writes is FILE in --step-cache FILE:balanced.
 
     Every row is drawn with --steps steps, whatever it says itself.
     """

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from fluxcli.core.records import Group, ShapeKey
 from fluxcli.core.step_cache import StepCache
 
+ATTENTION = 18_400  # tokens of an image at which FLUX.1's attention costs as much as its matmuls
+
 BatchSize = int | Callable[[Group], int]
 
 
@@ -46,9 +48,9 @@ def bucket(text_tokens: int, text_lengths: Sequence[int]) -> int:
 
 
 def work(group: Group, step_cache: StepCache) -> float:
-    """What an image of a group costs, in tokens through the blocks."""
+    """What an image of a group costs, in tokens through the blocks' matmuls."""
     tokens = ShapeKey(1, group.height, group.width, group.text_length).tokens()
-    return tokens * step_cache.cost(group.num_inference_steps)
+    return tokens * (1 + tokens / ATTENTION) * step_cache.cost(group.num_inference_steps)
 
 
 def size_of(batch_size: BatchSize, group: Group) -> int:

@@ -68,6 +68,12 @@ def test_a_shape_needs_more_the_larger_it_is_and_smaller_ones_beside_it_hardly_m
     assert needs([EIGHT]) <= needs([EIGHT, ONE]) < 1.1 * needs([EIGHT])
 
 
+def test_a_step_cache_needs_two_streams_of_the_largest_images() -> None:
+    with_cache = Needs(resolve("random:flux-dev"), torch.bfloat16, step_cache=True).shapes
+    tokens, width, number_bytes = 8 * 64 * 64, 3072, 2
+    assert with_cache([EIGHT, ONE]) - flux().shapes([EIGHT, ONE]) == 2 * tokens * width * number_bytes
+
+
 def largest(gigabytes: float, monkeypatch: pytest.MonkeyPatch) -> LargestBatch:
     monkeypatch.setattr(memory, "free", lambda device: int(gigabytes * 1e9))
     return LargestBatch(resolve("random:flux-dev"), GPU)

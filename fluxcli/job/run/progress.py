@@ -69,9 +69,8 @@ class Progress:
 
     def _line(self) -> str:
         rate = self._done / max(self._clock() - self._started, 1e-9)
-        return (
-            f"{self._done}/{self._total} images, {rate:.2f} images/s, {self._time_left()} left, {self._failed} failed"
-        )
+        images = f"{self._done}/{self._total} images, {rate:.2f} images/s"
+        return f"{images}, {self._time_left()} left, {self._failed} failed"
 
     def _time_left(self) -> str:
         """By the work that is left, not by images: large ones and those of many steps are made first."""
@@ -80,7 +79,7 @@ class Progress:
         return f"{seconds // 3600:d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
 
 
-class _Bar(tqdm):  # type: ignore[type-arg]
+class _Bar(tqdm):  # type: ignore[misc]
     """tqdm's, with our own time left."""
 
     left = "?"
