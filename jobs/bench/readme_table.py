@@ -1,5 +1,6 @@
 """Writes the README's figures from the recorded results, `jobs/bench/results/bench-*.json` (what `fluxcli bench --json`
-printed), between the README's two comments. A test says whether the README is up to date.
+printed) and `step-cache-*.json` (what `jobs/bench/step_cache.py` did), each between two comments of the README. A test
+says whether it is up to date.
 
     python -m jobs.bench.readme_table
 """
@@ -14,6 +15,8 @@ ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 RESULTS = ROOT / "jobs" / "bench" / "results"
 BEGIN, END = "<!-- figures: written by jobs/bench/readme_table.py -->", "<!-- end of figures -->"
+_COLUMNS = {"name", "steps", "evaluated", "mask", "grey_levels", "psnr", "error"}  # the rest are kinds of prompts
+CACHE_BEGIN, CACHE_END = "<!-- step cache: written by jobs/bench/readme_table.py -->", "<!-- end of step cache -->"
 
 
 def figures(paths: Sequence[Path]) -> str:
@@ -32,23 +35,53 @@ def figures(paths: Sequence[Path]) -> str:
     return "\n\n".join(parts)
 
 
+def step_cache(paths: Sequence[Path]) -> str:
+    """What the step cache costs in pictures, as Markdown: every preset above the plain run of equal cost."""
+    parts = []
+    for path in paths:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        told = path.relative_to(ROOT).as_posix()
+        if kinds := [key for key in result["rows"][0] if key not in _COLUMNS]:
+            parts.append(f"{result['model']}, {result['steps']} steps, {result['images']} unseen prompts (`{told}`):")
+            head = ["", "evaluated", *(f"right, {kind}" for kind in kinds), "grey levels from the full run", "PSNR, dB"]
+            body = [
+                [row["name"], str(row["evaluated"]), *(f"{row[kind]:.1%}" for kind in kinds),
+                 f"{row['grey_levels']:.3f}", f"{row['psnr']:.1f}" if row["psnr"] else "-"]
+                for row in result["rows"]
+            ]  # fmt: skip
+        else:
+            parts.append(
+                f"{result['model']}, {result['dtype']}, {result['shape']}, {result['steps']} steps (`{told}`):"
+            )
+            head = ["", "evaluated", "relative error of latents"]
+            body = [[row["name"], str(row["evaluated"]), f"{row['error']:.4f}"] for row in result["rows"]]
+        parts.append(markdown([head, *body]))
+    return "\n\n".join(parts)
+
+
 def markdown(rows: Sequence[Sequence[str]]) -> str:
     head, *body = rows
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---:"] * len(head), *body))
 
 
-def written(readme: str, figures: str) -> str:
+def written(readme: str, figures: str, begin: str = BEGIN, close: str = END) -> str:
     """The README with these figures in the place of its own."""
-    before, _, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    before, _, rest = readme.partition(begin)
+    _, end, after = rest.partition(close)
     if not end:
-        raise ValueError(f"{README.name} has no place for figures: it lacks {BEGIN!r} and {END!r}")
-    return f"{before}{BEGIN}\n\n{figures}\n\n{END}{after}"
+        raise ValueError(f"{README.name} has no place for figures: it lacks {begin!r} and {close!r}")
+    return f"{before}{begin}\n\n{figures}\n\n{close}{after}"
 
 
-def recorded() -> list[Path]:
-    return sorted(RESULTS.glob("bench-*.json"))
+def up_to_date(readme: str) -> str:
+    """The README with all figures as they are recorded."""
+    readme = written(readme, figures(recorded()))
+    return written(readme, step_cache(recorded("step-cache")), CACHE_BEGIN, CACHE_END)
+
+
+def recorded(kind: str = "bench") -> list[Path]:
+    return sorted(RESULTS.glob(f"{kind}-*.json"))
 
 
 if __name__ == "__main__":
-    README.write_text(written(README.read_text(encoding="utf-8"), figures(recorded())), encoding="utf-8")
+    README.write_text(up_to_date(README.read_text(encoding="utf-8")), encoding="utf-8")

@@ -19,19 +19,20 @@ import numpy as np
 import torch
 
 from fluxcli.bench.inputs import Inputs
+from fluxcli.core.config import TEXT_LENGTHS
 from fluxcli.core.records import Batch, PromptRecord, ShapeKey
 from fluxcli.core.step_cache import PRESETS, StepCache
 from fluxcli.engine.denoise import Moment, Schedule
 from fluxcli.engine.engine import Engine
 from fluxcli.engine.runtime.device import resolve as resolve_device
 from fluxcli.engine.step_cache import ahead
+from fluxcli.job.plan import bucket, plan
 from fluxcli.models.checkpoints import Checkpoint, resolve
 from fluxcli.models.step_cache import settled
 from fluxcli.models.tokenizers import Tokenizers
 from jobs.tiny.evaluate import KINDS, Case, cases, score
 
 BATCH = 16
-LENGTH = 64  # of the built-in model's prompts, in tokens
 
 
 def contestants(checkpoint: Checkpoint, steps: int) -> Iterator[tuple[str, int, str]]:
@@ -70,22 +71,22 @@ def meaning(steps: int, count: int, kinds: Sequence[str]) -> dict[str, Any]:
 
 
 def draw(engine: Engine, checkpoint: Checkpoint, wanted: Sequence[Case], steps: int, mask: str) -> np.ndarray:
-    """uint8 [N, H, W, 3], by the engine itself."""
+    """uint8 [N, H, W, 3], by the engine itself, batched by text length as a job does it."""
     defaults = checkpoint.row_defaults()
     counts = Tokenizers(checkpoint.tokenizers).count([case.prompt for case in wanted])
-    done = []
-    for start in range(0, len(wanted), BATCH):
-        records = [
-            PromptRecord(
-                str(start + slot), case.prompt, case.seed, defaults.width, defaults.height, steps,
-                defaults.guidance_scale, 1, text_tokens=tokens, text_length=LENGTH,
-            )
-            for slot, (case, tokens) in enumerate(zip(wanted[start:], counts[start : start + BATCH], strict=False))
-        ]  # fmt: skip
-        assert not any(record.truncated for record in records)
-        key = ShapeKey(len(records), defaults.height, defaults.width, LENGTH)
-        done.append(engine.submit(Batch(start, key, steps, records, mask)).result().pixels)
-    return np.concatenate(done)
+    records = [
+        PromptRecord(
+            str(number), case.prompt, case.seed, defaults.width, defaults.height, steps, defaults.guidance_scale, 1,
+            text_tokens=tokens, text_length=bucket(tokens, TEXT_LENGTHS),
+        )
+        for number, (case, tokens) in enumerate(zip(wanted, counts, strict=True))
+    ]  # fmt: skip
+    images = {}
+    for batch in plan([record.group for record in records], BATCH):
+        part = [records[row] for row in batch.rows]
+        pixels = engine.submit(Batch(0, batch.key, steps, part, mask)).result().pixels
+        images.update(zip(batch.rows, pixels, strict=True))
+    return np.stack([images[row] for row in range(len(records))])
 
 
 def distance(checkpoint: Checkpoint, key: ShapeKey, steps: int, device: str, dtype: str) -> dict[str, Any]:
@@ -137,7 +138,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="random:flux-dev")
     parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--cases", type=int, default=120, help="prompts of each kind")
-    parser.add_argument("--kinds", default=",".join(KINDS[:2]))
+    parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--size", default="1024x1024")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--text-length", type=int, default=512)

@@ -1,5 +1,6 @@
 """What a running job says of itself off a terminal."""
 
+import io
 import re
 import time
 
@@ -49,6 +50,19 @@ def seconds(group: Group) -> float:
     pixels, tokens = group.height * group.width, group.height * group.width // 256 + group.text_length
     step = (12.9e9 * tokens + 4 * 3072 * 57 * tokens**2) / 640e12
     return step * (mask.count("1") + 2 * REUSED * mask.count("0")) + 0.027 * pixels / 2**20
+
+
+def test_the_bar_tells_the_same_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.StringIO()
+    shown.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr("sys.stderr", shown)
+    now = 0.0
+    with Progress(100, 1000.0, clock=lambda: now) as progress:
+        progress.start()
+        now = 10.0
+        progress.advance(10, work=500.0)  # half of all there is to do
+        progress._bar.refresh()
+    assert "10/100" in shown.getvalue() and "<0:00:10," in shown.getvalue()
 
 
 def test_a_long_reading_tells_how_far_it_is_and_a_short_one_nothing() -> None:
