@@ -56,9 +56,7 @@ class Needs:
     """Bytes that one checkpoint needs in one dtype, with the denoiser's blocks in 8 bits where `fp8`, and with what a
     `step_cache` keeps."""
 
-    def __init__(
-        self, checkpoint: Checkpoint, dtype: torch.dtype, fp8: bool = False, step_cache: bool = False
-    ) -> None:
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, fp8: bool = False, step_cache: bool = False) -> None:
         self._kept = BUFFERS if step_cache else 0
         parts = ("transformer", "text_encoder", "text_encoder_2", "vae")
         self._weights = {part: size(checkpoint, part, dtype, fp8) for part in parts}

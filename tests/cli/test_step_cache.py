@@ -185,3 +185,17 @@ def test_bench_tells_whole_images_and_a_reused_step(inside, monkeypatch) -> None
     (row,) = data["shapes"]
     assert row["reused"]["share"] == pytest.approx(row["reused"]["ms"] / row["ms_per_step"])
     assert 0 < row["reused"]["share"] < 0.7 and row["images_per_s"] > 0
+    both = inside("bench", *small, "--step-cache", "fast", "--quantization", "fp8", "--json").json
+    assert both["quantization"] == "fp8" and both["shapes"][0]["reused"]["ms"] > 0
+
+
+def test_a_mask_goes_with_8_bits(job, inside, tmp_path: Path) -> None:
+    """And a batch's images are then too those of their rows alone."""
+    write_rows(tmp_path / "in.jsonl", [{"id": id, "prompt": f"a {id} circle"} for id in ("red", "blue")])
+    both = ("--steps", 4, "--step-cache", "1101", "--quantization", "fp8")
+    assert job(*both).returncode == job(*both, "--batch-size", 1, out="alone").returncode == 0
+    for row in read_rows(tmp_path / "out" / "manifest.jsonl"):
+        assert (row["quantization"], row["step_cache"], row["evaluated_steps"]) == ("fp8", "1101", 3)
+        assert np.abs(pixels(tmp_path / "out", row["id"]) - pixels(tmp_path / "alone", row["id"])).max() <= 1
+    refused = job("--steps", 4, "--quantization", "fp8")
+    assert "--step-cache was 1101, now off" in refused.stderr and "quantization" not in refused.stderr
