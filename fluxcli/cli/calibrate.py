@@ -51,7 +51,7 @@ def calibrate(
 
     What it writes is FILE in --step-cache FILE:balanced.
 
-    Every row is drawn with --steps steps, whatever it says itself.
+    Every image is drawn with --steps steps, whatever its row says.
     """
     from fluxcli.core.errors import InputError, JobError, UsageError
     from fluxcli.core.records import Batch, ShapeKey
@@ -63,6 +63,8 @@ def calibrate(
 
     if output.exists():
         raise JobError(f"-o {output}: exists already; fluxcli overwrites nothing")
+    if not output.parent.is_dir():
+        raise JobError(f"-o {output}: there is no directory {output.parent}")
     checkpoint, engine_config, defaults = settings(machine, rows)
     steps = defaults.num_inference_steps
     if steps < 2:
@@ -73,7 +75,7 @@ def calibrate(
         intake = take_in(source, defaults, text_lengths, count, limit=limit)
         for failure in intake.failures:
             raise InputError(f"{source.name}, line {failure.line}: {failure.message}")
-        records = intake.records(range(len(intake.groups)))[:limit]  # a row may ask for several images
+        records = intake.records(range(min(limit, len(intake.groups))))  # a row may ask for many images
     if not records:
         raise InputError(f"{source.name}: has no rows")
     keys = [ShapeKey(1, each.height, each.width, each.text_length) for each in records]

@@ -100,6 +100,11 @@ def test_what_cannot_be_is_wrong_usage_before_any_work(
     assert len(done.stderr.splitlines()) == 1 and [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
+def test_warming_up_is_for_both_kinds_of_steps(inside) -> None:
+    done = inside("warmup", *SMALL, "--size", "64x64", "--text-lengths", 32, "--step-cache", "fine", "--json")
+    assert done.returncode == 0 and len(done.json["shapes"]) == 1
+
+
 def test_schnell_takes_a_mask(inside, tmp_path: Path, pipeline) -> None:
     from tests.pipelines import SCHNELL
 
@@ -146,7 +151,7 @@ def test_calibrating_gives_a_file_that_a_job_takes(job, inside, tmp_path: Path) 
     done = inside("calibrate", "in.jsonl", "-o", "own.json", *SMALL, "--steps", 9, "--json")
     assert done.returncode == 0, done.stderr
     written = json.loads((tmp_path / "own.json").read_text())
-    assert written["model"] == "tiny" and written["images"] == 3
+    assert written["model"] == "tiny" and written["images"] == 3  # two of them of one row
     assert written["ratios"] == pytest.approx(done.json["ratios"], abs=1e-4)
     assert len(written["ratios"]) == 9 and written["ratios"][0] == 1
     masks = {name: StepCache(name, read(tmp_path / "own.json")).mask(9) for name in PRESETS}
@@ -164,14 +169,15 @@ def test_calibrating_needs_good_rows(inside, tmp_path: Path) -> None:
     assert done.returncode == 1 and "in.jsonl, line 1: prompt is empty" in done.stderr
     write_rows(tmp_path / "in.jsonl", ROWS)
     assert inside("calibrate", "in.jsonl", "-o", "own.json", *SMALL, "--steps", 1).returncode == 2
+    done = inside("calibrate", "in.jsonl", "-o", "nowhere/own.json", *SMALL)
+    assert done.returncode == 1 and "there is no directory nowhere" in done.stderr and "loading" not in done.stderr
     assert not (tmp_path / "own.json").exists()
 
 
-def test_the_built_in_models_ratios_are_its_own(inside, tmp_path: Path) -> None:
-    """Measured anew on two prompts at its own size, they are about those that ship."""
-    write_rows(tmp_path / "in.jsonl", [{"prompt": "a red circle on a white background"}, {"prompt": "a green star"}])
-    done = inside("calibrate", "in.jsonl", "-o", "own.json", "-m", "tiny", "--steps", 28, "--json")
-    assert done.json["ratios"] == pytest.approx(list(OWN), abs=0.05)
+def test_the_built_in_models_ratios_are_its_own(inside) -> None:
+    prompts = Path(__file__).parents[2] / "jobs" / "tiny" / "calibrate.jsonl"
+    done = inside("calibrate", prompts, "-o", "own.json", "-m", "tiny", "--steps", 28, "--json")
+    assert done.json["ratios"] == pytest.approx(list(OWN), abs=1e-3)
 
 
 def test_bench_tells_whole_images_and_a_reused_step(inside, monkeypatch) -> None:
