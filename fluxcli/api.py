@@ -49,12 +49,10 @@ def load(
         FluxcliError: no such model or device, or it does not fit.
     """
     from fluxcli.engine.engine import Engine
-    from fluxcli.models.step_cache import parse
 
     lengths = _buckets(text_lengths)
-    wanted = parse(step_cache)
-    checkpoint, engine = _settled(model, revision, device, dtype, compile, attention, quantization, wanted)
-    return Model(checkpoint, Engine(checkpoint, engine), lengths, wanted)
+    checkpoint, engine, cache = _settled(model, revision, device, dtype, compile, attention, quantization, step_cache)
+    return Model(checkpoint, Engine(checkpoint, engine), lengths, cache)
 
 
 class Model:
@@ -156,20 +154,18 @@ class Job:
         from fluxcli.engine.engine import Engine
         from fluxcli.engine.runtime import device
         from fluxcli.job import job
-        from fluxcli.models.step_cache import parse
 
         _one_of("format", self.format, config.FORMATS)
         _between("quality", self.quality, 100)
         _between("batch_size", self.batch_size, config.MOST_IMAGES)
-        wanted = parse(self.step_cache)
-        machine = (self.device, self.dtype, self.compile, self.attention, self.quantization)
-        checkpoint, engine = _settled(self.model, self.revision, *machine, wanted)
+        machine = (self.device, self.dtype, self.compile, self.attention, self.quantization, self.step_cache)
+        checkpoint, engine, cache = _settled(self.model, self.revision, *machine)
         made = job.Job(
             os.fspath(self.input),
             Path(self.output),
             checkpoint,
             engine,
-            _row_defaults(checkpoint, self.width, self.height, self.steps, self.guidance, self.seed, wanted),
+            _row_defaults(checkpoint, self.width, self.height, self.steps, self.guidance, self.seed, cache),
             text_lengths=_buckets(self.text_lengths),
             image=config.ImageFormat(self.format, self.quality),
             batch_size=self.batch_size,
@@ -190,18 +186,20 @@ def _settled(
     compile: bool | None,
     attention: str,
     quantization: str,
-    step_cache: "StepCache",
-) -> "tuple[Checkpoint, EngineConfig]":
+    step_cache: str,
+) -> "tuple[Checkpoint, EngineConfig, StepCache]":
     from fluxcli.engine.runtime import device as devices
     from fluxcli.models import checkpoints
+    from fluxcli.models.step_cache import parse, settled
 
     if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", device):
         raise UsageError(f"device must be auto, cuda, cuda:N or cpu, got {device!r}")
     _one_of("dtype", dtype, ("auto", *config.DTYPES))
     _one_of("attention", attention, ("auto", *config.ATTENTION))
     _one_of("quantization", quantization, config.QUANTIZATION)
-    settled = devices.resolve(device, dtype, compile, attention, quantization)
-    return checkpoints.resolve(os.fspath(model), revision), replace(settled, step_cache=step_cache.on)
+    wanted, engine = parse(step_cache), devices.resolve(device, dtype, compile, attention, quantization)
+    checkpoint = checkpoints.resolve(os.fspath(model), revision)
+    return checkpoint, replace(engine, step_cache=wanted.on), settled(wanted, checkpoint)
 
 
 def _row_defaults(
@@ -215,18 +213,17 @@ def _row_defaults(
 ) -> config.RowDefaults:
     """Checked as a row is."""
     from fluxcli.job.input.check import MAX_SEED, check_row
-    from fluxcli.models.step_cache import settled
 
     if type(seed) is not int or not 0 <= seed <= MAX_SEED:
         raise UsageError(f"seed must be 0 to {MAX_SEED}, got {seed!r}")
     given = {"width": width, "height": height, "steps": steps, "guidance": guidance, "seed": seed}
     try:
-        (row,) = check_row({"prompt": "any", **given}, 0, 1, checkpoint.row_defaults())
+        own = replace(checkpoint.row_defaults(), step_cache=step_cache)
+        (row,) = check_row({"prompt": "any", **given}, 0, 1, own)
     except RowError as error:
         raise UsageError(str(error)) from error
     taken = row.guidance_scale if checkpoint.takes_guidance else None
-    cache = settled(step_cache, checkpoint, row.num_inference_steps)
-    return config.RowDefaults(row.width, row.height, row.num_inference_steps, taken, row.seed, cache)
+    return config.RowDefaults(row.width, row.height, row.num_inference_steps, taken, row.seed, step_cache)
 
 
 def _buckets(text_lengths: Sequence[int]) -> tuple[int, ...]:

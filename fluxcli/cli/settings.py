@@ -76,7 +76,9 @@ def settings(
             raise UsageError(f"{remark} (--strict)")
         say(remark)
     defaults = _row_defaults(checkpoint, rows)
-    cache = settled(wanted, checkpoint, defaults.num_inference_steps)
+    cache = settled(wanted, checkpoint)
+    if refusal := cache.refusal(defaults.num_inference_steps):
+        raise UsageError(f"{refusal} (--steps sets those of a row that has none of its own)")
     return checkpoint, engine_settings(machine, cache.on), replace(defaults, step_cache=cache)
 
 

@@ -52,14 +52,11 @@ def parse(text: str) -> StepCache:
     )
 
 
-def settled(wanted: StepCache, checkpoint: Checkpoint, steps: int) -> StepCache:
+def settled(wanted: StepCache, checkpoint: Checkpoint) -> StepCache:
     """`wanted` with the ratios of this model.
 
-    Args:
-        steps: of a row that has none of its own.
-
     Raises:
-        UsageError: it is not for this model, or not for so many steps.
+        UsageError: it is not for this model.
         ModelError: the ratios cannot be read.
     """
     if wanted.name in PRESETS and not checkpoint.takes_guidance:
@@ -67,8 +64,6 @@ def settled(wanted: StepCache, checkpoint: Checkpoint, steps: int) -> StepCache:
             f"--step-cache {wanted.name}: {checkpoint.name} is distilled for few steps, each unlike the last, and none "
             "can be spared; a mask of 0 and 1 says which to reuse all the same"
         )
-    if refusal := wanted.refusal(steps):
-        raise UsageError(f"{refusal} (--steps sets those of a row that has none of its own)")
     if wanted.name in PRESETS and not wanted.ratios:
         own = checkpoint.directory / OWN
         return replace(wanted, ratios=read(own) if own.exists() else published())

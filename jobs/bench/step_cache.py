@@ -39,7 +39,7 @@ def contestants(checkpoint: Checkpoint, steps: int) -> Iterator[tuple[str, int, 
     """(name, steps, mask): the full run, each preset, and as many plain steps as it evaluates."""
     yield "full", steps, ""
     for name in PRESETS:
-        mask = settled(StepCache(name), checkpoint, steps).mask(steps)
+        mask = settled(StepCache(name), checkpoint).mask(steps)
         yield name, steps, mask
         yield f"{mask.count('1')} steps", mask.count("1"), ""
 

@@ -138,6 +138,8 @@ def test_gen_batch_and_python_make_one_image(job, inside, tmp_path: Path) -> Non
     model = fluxcli.load("tiny", device="cpu", step_cache="fast")
     (drawn,) = model.generate("a red circle", seed=5, width=64, height=64)
     assert np.abs(np.asarray(drawn).astype(int) - plain).max() <= 1
+    with pytest.raises(fluxcli.FluxcliError, match="distilled for few steps"):
+        fluxcli.load("random:flux-schnell", device="cpu", step_cache="fast")
     with pytest.raises(fluxcli.FluxcliError, match="needs 9 steps or more"):
         model.generate("a red circle", steps=4)
     totals = fluxcli.Job(

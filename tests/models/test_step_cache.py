@@ -83,28 +83,19 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
 
 def test_a_preset_takes_the_models_own_ratios_where_it_has_some(tmp_path: Path) -> None:
     tiny = resolve("tiny")
-    own = settled(parse("balanced"), tiny, 10)
+    own = settled(parse("balanced"), tiny)
     assert own.ratios == read(tiny.directory / "step_cache.json") != published()
-    assert settled(parse("balanced"), resolve("random:flux-dev"), 28).ratios == published()
+    assert settled(parse("balanced"), resolve("random:flux-dev")).ratios == published()
     write(tmp_path / "own.json", "any", 8, DEV)
-    assert settled(parse(f"{tmp_path}/own.json:balanced"), tiny, 10).ratios == DEV
+    assert settled(parse(f"{tmp_path}/own.json:balanced"), tiny).ratios == DEV
 
 
 def test_what_is_distilled_for_few_steps_has_no_preset_but_any_mask() -> None:
     schnell = resolve("random:flux-schnell")
-    for steps in (4, 28):
-        with pytest.raises(UsageError, match=r"distilled for few steps.*a mask"):
-            settled(parse("fine"), schnell, steps)
-    assert settled(parse("1101"), schnell, 4) == StepCache("1101")
-
-
-def test_steps_that_rows_get_by_default_are_looked_at_before_any_work() -> None:
-    tiny = resolve("tiny")
-    with pytest.raises(UsageError, match=r"needs 9 steps or more.*--steps"):
-        settled(parse("fast"), tiny, 8)
-    with pytest.raises(UsageError, match=r"mask of 4 steps.*--steps"):
-        settled(parse("1101"), tiny, 10)
-    assert settled(OFF, tiny, 1) == OFF
+    with pytest.raises(UsageError, match=r"distilled for few steps.*a mask"):
+        settled(parse("fine"), schnell)
+    assert settled(parse("1101"), schnell) == StepCache("1101")
+    assert settled(OFF, schnell) == OFF
 
 
 def test_what_could_not_be_read_again_is_not_written(tmp_path: Path) -> None:
