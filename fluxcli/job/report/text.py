@@ -77,9 +77,7 @@ def plan_table(data: dict[str, Any]) -> str:
         )
         for group in data["groups"]
     ]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    lines.append("")
+    lines = [*table(rows), ""]
     lines.append(
         f"{data['rows']} rows: {data['images']} images to make in {data['batches']} batches, "
         f"{data['done']} done, {data['failed']} failed, {data['truncated']} truncated"
@@ -92,6 +90,12 @@ def plan_table(data: dict[str, Any]) -> str:
     if data["unknown_keys"]:
         lines.append(f"keys that are no settings, kept under meta: {_with_counts(data['unknown_keys'])}")
     return "\n".join(lines)
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines with columns as wide as their widest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
 
 
 def failure_lines(failures: Sequence[Failure], shown: int = 5) -> list[str]:
