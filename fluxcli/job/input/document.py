@@ -9,7 +9,7 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from fluxcli.core.errors import InputError
-from fluxcli.job.input.lines import BLOCK, MAX_LINE, count_ends, lines
+from fluxcli.job.input.raw.lines import BLOCK, MAX_LINE, count_ends, lines
 
 _SPACE = re.compile(rb"[ \t\r\n]*+")
 _OUTSIDE = re.compile(rb'["\[\]{}]')

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple, get_args
 
 from fluxcli.core.errors import InputError, RowError
-from fluxcli.job.input import encoding
 from fluxcli.job.input.check import show
 from fluxcli.job.input.document import Broken, Element, document_kind, elements
 from fluxcli.job.input.keys import BODY, NO_COLUMNS, ROW_NAMES, Columns, setting_of, with_body
-from fluxcli.job.input.lines import BLOCK, lines, too_long
+from fluxcli.job.input.raw import encoding
+from fluxcli.job.input.raw.lines import BLOCK, lines, too_long
 from fluxcli.job.input.tables import Table
 
 MAX_NESTING = 100  # well below where JSON's own recursion ends, wherever a row is read from

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 from fluxcli.core.errors import InputError, RowError
 from fluxcli.core.terminal import printable
 from fluxcli.job.input.check import show
-from fluxcli.job.input.encoding import bad_byte
 from fluxcli.job.input.keys import Columns, setting_of
-from fluxcli.job.input.lines import BLOCK, MAX_LINE, lines, too_long
+from fluxcli.job.input.raw.encoding import bad_byte
+from fluxcli.job.input.raw.lines import BLOCK, MAX_LINE, lines, too_long
 
 _DELIMITERS = (",", ";", "\t")
 _SEPARATOR = re.compile(r'"?sep=([^\w\s"]|\t)"?\s*', re.IGNORECASE)  # as Excel writes it above a header

@@ -18,9 +18,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fluxcli.core.errors import InputError, RowError
-from fluxcli.job.input import lines as lines_module
 from fluxcli.job.input.keys import NO_COLUMNS, Columns
-from fluxcli.job.input.lines import MAX_LINE, lines
+from fluxcli.job.input.raw import lines as lines_module
+from fluxcli.job.input.raw.lines import MAX_LINE, lines
 from fluxcli.job.input.read import PromptFile
 from tests.job.input.conftest import images, one, take
 
