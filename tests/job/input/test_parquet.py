@@ -127,6 +127,12 @@ def test_two_columns_of_one_name_are_refused(path: Path) -> None:
         PromptFile(str(path))
 
 
+def test_columns_without_end_are_refused(path: Path) -> None:
+    write(path, {"prompt": ["a"], **{f"{'x' * 1000}{n}": [n] for n in range(300)}})
+    with pytest.raises(InputError, match="the names of its columns take more than 256 KiB"):
+        PromptFile(str(path))
+
+
 def test_without_pyarrow_it_is_refused_with_what_to_do(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(path, {"prompt": ["a"]})
     monkeypatch.setattr("fluxcli.job.input.raw.parquet.find_spec", lambda name: None)

@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 MOST_MEMORY = 4 * 2**30
+MOST_NAMES = 2**18  # bytes
 _ROWS = 1024  # decoded at once
 _BUFFER = 2**20  # bytes of a column read at once
 
@@ -37,7 +38,10 @@ def _write(file: Any, out: Any) -> None:
     names = [field.name for field in source.schema_arrow if not _holds_bytes(field.type)]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ValueError(f"two columns are named {twice!r}")
-    out.write(_line(names))
+    header = _line(names)
+    if len(header) > MOST_NAMES:
+        raise ValueError(f"the names of its columns take more than {MOST_NAMES // 2**10} KiB")
+    out.write(header)
     for batch in source.iter_batches(batch_size=_ROWS, columns=names, use_threads=False):
         for row in zip(*(_values(batch.column(name)) for name in names), strict=True):
             out.write(_line(dict(zip(names, row, strict=True))))
