@@ -150,7 +150,7 @@ def test_what_differs_in_the_settings_is_told(made: Path, jobs: tuple[Path, Path
     a, b = jobs
     job = json.loads((b / "job.json").read_text())
     job["model"]["fingerprint"] = "1:ffff"
-    job["options"] |= {"dtype": "bfloat16", "quantization": "fp8", "text_lengths": [512]}
+    job["options"] |= {"dtype": "bfloat16", "quantization": "fp8", "later": True, "text_lengths": [512]}
     (b / "job.json").write_text(json.dumps(job))
     (run,) = read_rows(b / "runs.jsonl")
     write_rows(b / "runs.jsonl", [{**run, "device": "another", "versions": {"torch": "9"}}])
@@ -161,7 +161,8 @@ def test_what_differs_in_the_settings_is_told(made: Path, jobs: tuple[Path, Path
     assert settings.pop("model")[1] == "tiny (weights 1:ffff)"
     assert settings == {
         "dtype": ("float32", "bfloat16"),
-        "quantization": (None, "fp8"),
+        "quantization": ("none", "fp8"),
+        "later": (None, "True"),
         "text_lengths": ("64", "512"),
         "device": ("seed", "another"),
         "fluxcli": (read_rows(a / "runs.jsonl")[0]["versions"]["fluxcli"], None),
@@ -171,7 +172,7 @@ def test_what_differs_in_the_settings_is_told(made: Path, jobs: tuple[Path, Path
     few = sum(row["id"] < "p3" for row in read_rows(a / "manifest.jsonl"))
     assert data["rows_with_other"] == dict.fromkeys(faster, few)
     told = lines_of(data)
-    assert "  quantization: A has none; B fp8" in told and f"  step_cache differs in {few} rows" in told
+    assert "  later: A has none; B True" in told and f"  step_cache differs in {few} rows" in told
 
 
 def bomb(path: Path) -> None:
