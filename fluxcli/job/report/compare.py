@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from fluxcli.core.errors import JobError
 from fluxcli.job.output import sound
@@ -19,10 +19,11 @@ from fluxcli.job.output.rows import ManifestRow
 from fluxcli.job.output.sink import FileSink
 from fluxcli.job.report import distance
 from fluxcli.job.report.distance import Pixels
-from fluxcli.job.report.pairs import EXAMPLES, Joined, Told, count_differences
+from fluxcli.job.report.pairs import EXAMPLES, NAMES, Joined, Told, differing
 from fluxcli.job.run.progress import Progress
 
 WORST = 20  # pairs that are shown
+PROMPT = 4096  # characters of a prompt that a pair holds: a manifest may be anybody's
 _WORKERS = min(16, os.cpu_count() or 1)  # decoders and numpy let go of the interpreter
 
 # LPIPS of two images of one size: a network's matter, so it comes from outside. Called from several threads.
@@ -31,8 +32,15 @@ Perceptual = Callable[[Pixels, Pixels], float]
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One row's two images and how far they are apart. File names are relative to their jobs' directories; `psnr` is in
-    dB and infinite where all pixels are equal, `lpips` None where it is not measured."""
+    """One row's two images and how far they are apart.
+
+    Attributes:
+        prompt: its beginning, of one longer than `PROMPT` characters.
+        file_a, file_b: relative to their jobs' directories.
+        psnr: in dB; infinite where all pixels are equal.
+        lpips: None where it is not measured.
+        differs: the settings of the row that are others in B, steps and the like.
+    """
 
     id: str
     prompt: str
@@ -42,6 +50,14 @@ class Pair:
     psnr: float
     ssim: float
     lpips: float | None
+    differs: tuple[str, ...]
+
+
+class Left(NamedTuple):
+    """A row that is not compared, and why."""
+
+    id: str
+    reason: str
 
 
 class Spread:
@@ -111,8 +127,8 @@ def compare(
         with closing(Joined(a, b)) as joined, Progress(joined.common) as progress:
             comparison = _Comparing(Comparison(joined), worst, each)
             progress.start()
-            for row, measured in _measured(joined, perceptual):
-                progress.advance(*comparison.take(*row, measured))
+            for measured in _measured(joined, perceptual):
+                progress.advance(*comparison.take(measured))
             return comparison.finished()
     except OSError as error:
         raise JobError(f"{error.filename or a}: cannot be read: {error.strerror}") from error
@@ -134,19 +150,21 @@ class _Comparing:
         }
         skipped.update({reason: told for reason, told in found.items() if told.rows})
 
-    def take(self, a: ManifestRow, b: ManifestRow, measured: Pair | str) -> tuple[int, int]:
-        """Takes in a pair, or why it is none; how many were compared and how many not."""
+    def take(self, measured: Pair | Left) -> tuple[int, int]:
+        """Takes in a pair, or a row that is left out; how many were compared and how many not."""
         comparison = self._comparison
-        if isinstance(measured, str):
-            rows, ids = comparison.not_compared.get(measured, Told(0, []))
-            comparison.not_compared[measured] = Told(rows + 1, [*ids, a.id] if len(ids) < EXAMPLES else ids)
+        if isinstance(measured, Left):
+            rows, ids = comparison.not_compared.get(measured.reason, Told(0, []))
+            ids = [*ids, measured.id] if len(ids) < EXAMPLES else ids
+            comparison.not_compared[measured.reason] = Told(rows + 1, ids)
             return 0, 1
         comparison.compared += 1
         comparison.psnr.add(measured.psnr)
         comparison.ssim.add(measured.ssim)
         if measured.lpips is not None:
             comparison.lpips.add(measured.lpips)
-        count_differences(comparison.rows_with_other, a, b)
+        others = comparison.rows_with_other
+        others.update(name for name in measured.differs if name in others or len(others) < NAMES)
         if measured.psnr == math.inf:
             comparison.identical += 1
         elif self._worst:
@@ -165,21 +183,17 @@ class _Comparing:
         return comparison
 
 
-def _measured(
-    joined: Joined, perceptual: Perceptual | None
-) -> Iterator[tuple[tuple[ManifestRow, ManifestRow], Pair | str]]:
-    """Rows with their pair, or why there is none; a few are measured ahead."""
-    sinks = joined.a.sink, joined.b.sink
+def _measured(joined: Joined, perceptual: Perceptual | None) -> Iterator[Pair | Left]:
+    """Each row that both jobs have; a few are measured ahead."""
     readers = ThreadPoolExecutor(_WORKERS)
     try:
-        ahead: deque[tuple[tuple[ManifestRow, ManifestRow], Future[Pair | str]]] = deque()
-        for rows in joined:
-            ahead.append((rows, readers.submit(_measure, sinks, rows, perceptual)))
+        ahead: deque[Future[Pair | Left]] = deque()
+        for place in joined.places():
+            ahead.append(readers.submit(_measure, joined, place, perceptual))
             if len(ahead) > 2 * _WORKERS:
-                first, measured = ahead.popleft()
-                yield first, measured.result()
-        for first, measured in ahead:
-            yield first, measured.result()
+                yield ahead.popleft().result()
+        for measured in ahead:
+            yield measured.result()
     finally:
         readers.shutdown(cancel_futures=True)
 
@@ -188,29 +202,28 @@ class _Unusable(Exception):
     """There is no image that could be compared; the message is the reason."""
 
 
-def _measure(
-    sinks: tuple[FileSink, FileSink], rows: tuple[ManifestRow, ManifestRow], perceptual: Perceptual | None
-) -> Pair | str:
-    a, b = rows
+def _measure(joined: Joined, place: tuple[int, int], perceptual: Perceptual | None) -> Pair | Left:
+    a, b = joined.a.row(place[0]), joined.b.row(place[1])
     if a.prompt != b.prompt:
-        return "other_prompt"
+        return Left(a.id, "other_prompt")
     if a.seed != b.seed:
-        return "other_seed"
+        return Left(a.id, "other_seed")
     if (a.width, a.height) != (b.width, b.height):
-        return "other_size"
+        return Left(a.id, "other_size")
     if min(a.width, a.height) < distance.WINDOW:
-        return "too_small"
+        return Left(a.id, "too_small")
     try:
-        with _file(sinks[0], a, "a") as file_a, _file(sinks[1], b, "b") as file_b:
+        with _file(joined.a.sink, a, "a") as file_a, _file(joined.b.sink, b, "b") as file_b:
             left = _pixels(file_a, a, "a")
             right = left if a.sha256 == b.sha256 else _pixels(file_b, b, "b")  # both files have it
     except _Unusable as unusable:
-        return str(unusable)
+        return Left(a.id, str(unusable))
     psnr = math.inf if left is right else distance.psnr(left, right)
     equal = psnr == math.inf
     ssim = 1.0 if equal else distance.ssim(left, right)
     lpips = None if perceptual is None else 0.0 if equal else perceptual(left, right)
-    return Pair(a.id, a.prompt, a.seed, a.file_name, b.file_name, psnr, ssim, lpips)
+    differs = tuple(differing(a, b))
+    return Pair(a.id, a.prompt[:PROMPT], a.seed, a.file_name, b.file_name, psnr, ssim, lpips, differs)
 
 
 def _file(sink: FileSink, row: ManifestRow, side: str) -> BinaryIO:

@@ -3,7 +3,6 @@ millions."""
 
 import os
 from array import array
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from dataclasses import fields
@@ -23,7 +22,7 @@ from fluxcli.job.report import mend
 from fluxcli.job.report.verify import require_job
 
 _VALUES = 8  # of one setting that are told: a directory may come from anybody
-_NAMES = 64  # settings, likewise
+NAMES = 64  # settings, likewise
 EXAMPLES = 3  # ids that are told of rows alike
 # What a row says that is no setting of it, or is looked at before. Whatever else two rows differ in is told.
 _NO_SETTINGS = {
@@ -128,7 +127,7 @@ class Side:
                 continue
             self.missing = max(0, (run.planned or 0) - (run.images or 0))
             for name, value in {"device": run.device, **(run.versions or {})}.items() if run.images else ():
-                values = found.setdefault(name, {}) if len(found) < _NAMES else found.get(name, {})
+                values = found.setdefault(name, {}) if len(found) < NAMES else found.get(name, {})
                 if isinstance(value, str) and len(values) <= _VALUES:
                     values[_plain(value)] = None
         for name, values in found.items():
@@ -170,10 +169,10 @@ class Joined:
     def close(self) -> None:
         self._opened.close()
 
-    def __iter__(self) -> Iterator[tuple[ManifestRow, ManifestRow]]:
-        """The first rows of each id that is in both, in the order of A's manifest."""
+    def places(self) -> Iterator[tuple[int, int]]:
+        """Where A and B have the first rows of each id that is in both, in the order of A's manifest."""
         for number in np.argsort(self._in_a):
-            yield self.a.row(int(self._in_a[number])), self.b.row(int(self._in_b[number]))
+            yield int(self._in_a[number]), int(self._in_b[number])
 
     def differences(self) -> dict[str, tuple[str | None, str | None]]:
         """Settings that are not the same in both jobs, by name; None where a job has none of this name."""
@@ -181,12 +180,10 @@ class Joined:
         return {name: (a.get(name), b.get(name)) for name in {**a, **b} if a.get(name) != b.get(name)}
 
 
-def count_differences(counts: "Counter[str]", a: ManifestRow, b: ManifestRow) -> None:
-    """Counts each setting in which two rows differ, by its name."""
-    for name in _SETTINGS:
-        if getattr(a, name) != getattr(b, name):
-            counts[name] += 1
+def differing(a: ManifestRow, b: ManifestRow) -> list[str]:
+    """The names of the settings in which two rows differ."""
+    names = [name for name in _SETTINGS if getattr(a, name) != getattr(b, name)]
     if a.extra != b.extra:
-        for name in sorted(a.extra.keys() | b.extra.keys()):
-            if a.extra.get(name) != b.extra.get(name) and (_plain(name) in counts or len(counts) < _NAMES):
-                counts[_plain(name)] += 1
+        both = sorted(a.extra.keys() | b.extra.keys())
+        names += [_plain(name) for name in both if a.extra.get(name) != b.extra.get(name)]
+    return names[:NAMES]

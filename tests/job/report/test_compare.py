@@ -19,7 +19,7 @@ from fluxcli.core.errors import JobError
 from fluxcli.core.files import json_line
 from fluxcli.core.records import Batch
 from fluxcli.job.output.lock import Lock
-from fluxcli.job.report.compare import Comparison, Pair, compare
+from fluxcli.job.report.compare import PROMPT, Comparison, Pair, compare
 from fluxcli.job.report.compare_text import data_of, lines_of
 from fluxcli.job.report.distance import psnr, ssim
 from tests.conftest import read_rows, write_rows
@@ -171,6 +171,7 @@ def test_what_differs_in_the_settings_is_told(made: Path, jobs: tuple[Path, Path
     }
     few = sum(row["id"] < "p3" for row in read_rows(a / "manifest.jsonl"))
     assert data["rows_with_other"] == dict.fromkeys(faster, few)
+    assert {pair["id"]: set(pair["differs"]) for pair in data["worst"]} == {"p2": {*faster}, "p5": set(), "p7": set()}
     told = lines_of(data)
     assert "  later: A has none; B True" in told and f"  step_cache differs in {few} rows" in told
 
@@ -268,6 +269,12 @@ def test_what_a_stranger_wrote_reaches_no_terminal_and_fills_nothing(jobs: tuple
     assert told.replace("\n", "").isprintable() and len(told) < 20_000
     assert len(data["settings"]) < 100 and len(data["rows_with_other"]) < 100
     assert data["compared"] == harness.ROWS
+
+
+def test_a_pair_holds_the_beginning_of_a_prompt(jobs: tuple[Path, Path]) -> None:
+    for directory in jobs:
+        change_rows(directory, lambda row: {**row, "prompt": "x" * 10**6})
+    assert {pair.prompt for pair in compare(*jobs).worst} == {"x" * PROMPT}
 
 
 def test_looking_changes_nothing(jobs: tuple[Path, Path]) -> None:
