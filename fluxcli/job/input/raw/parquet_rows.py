@@ -13,6 +13,7 @@ MOST_MEMORY = 4 * 2**30
 MOST_NAMES = 2**18  # bytes
 _ROWS = 1024  # decoded at once
 _BUFFER = 2**20  # bytes of a column read at once
+_ENCODE = json.JSONEncoder(ensure_ascii=False, default=str).encode  # dates and decimals as text
 
 
 def main() -> None:
@@ -69,7 +70,7 @@ def _values(column: Any) -> list[Any]:
 
 
 def _line(value: Any) -> bytes:
-    return (json.dumps(value, ensure_ascii=False, default=str) + "\n").encode("utf-8", "surrogateescape")
+    return f"{_ENCODE(value)}\n".encode("utf-8", "surrogateescape")
 
 
 if __name__ == "__main__":
