@@ -18,6 +18,7 @@ from PIL import Image
 from fluxcli.core.errors import JobError
 from fluxcli.core.files import json_line
 from fluxcli.core.records import Batch
+from fluxcli.job.output import rows
 from fluxcli.job.output.lock import Lock
 from fluxcli.job.report.compare import PROMPT, Comparison, Pair, compare
 from fluxcli.job.report.compare_text import data_of, lines_of
@@ -330,14 +331,17 @@ def test_jobs_that_share_no_row_cannot_be_compared(jobs: tuple[Path, Path]) -> N
         compare(*jobs)
 
 
-def test_a_line_without_end_is_refused_before_it_fills_memory(jobs: tuple[Path, Path]) -> None:
+def test_a_line_without_end_is_refused_before_it_fills_memory(
+    jobs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows, "LONGEST_LINE", 2**20)
     manifest = jobs[1] / "manifest.jsonl"
     whole = manifest.read_bytes()
     with manifest.open("wb") as file:
-        file.truncate(80 * 2**20)
+        file.truncate(5 * 2**20)
         file.seek(0, os.SEEK_END)
         file.write(b"\n" + whole)
-    with pytest.raises(JobError, match=r"manifest\.jsonl, line 1: is longer than 64 MiB"):
+    with pytest.raises(JobError, match=r"manifest\.jsonl, line 1: is longer than 1 MiB"):
         compare(*jobs)
 
 
