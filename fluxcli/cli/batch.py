@@ -82,21 +82,23 @@ def batch(
     machine: Machine,
     as_json: bool,
 ) -> None:
-    """Run a job: every row of INPUT (.jsonl, .json, .txt, .csv, .tsv, or - for standard input) becomes an image.
+    """Run a job: every row of INPUT becomes an image.
+
+    INPUT is .jsonl, .json, .txt, .csv or .tsv, each also .gz or .zst, or .parquet; - is standard input.
 
     The same command again finishes what is missing.
     """
     from fluxcli.core.files import json_text
     from fluxcli.engine.runtime import device
     from fluxcli.job.input.keys import Columns
-    from fluxcli.job.input.read import is_descriptor
+    from fluxcli.job.input.read import job_name
     from fluxcli.job.job import Job
     from fluxcli.job.report import text as report
 
     checkpoint, engine_config, defaults = settings(machine, rows, strict, step_cache)
     job = Job(
         input,
-        output or Path("out") / ("stdin" if is_descriptor(input) else Path(input).stem),
+        output or Path("out") / job_name(input),
         checkpoint,
         engine_config,
         defaults,
@@ -116,7 +118,7 @@ def batch(
             say(f"{job.directory} holds another job: starting over in {moved.directory}")
         job = moved
     if dry_run:
-        with closing(job.source()) as source:
+        with closing(job.source(say)) as source:
             intake, plan = job.preview(source, say)
         data = report.plan_data(intake, plan)
         if as_json:

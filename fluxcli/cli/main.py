@@ -13,6 +13,7 @@ from fluxcli.cli import streams
 from fluxcli.cli.batch import batch
 from fluxcli.cli.bench import bench
 from fluxcli.cli.calibrate import calibrate
+from fluxcli.cli.compare import compare
 from fluxcli.cli.gen import gen
 from fluxcli.cli.options import example, verbosity
 from fluxcli.cli.settings import say
@@ -87,7 +88,7 @@ def cli() -> None:
     """Prompts in, FLUX.1 images and timing manifests out: fast, resumable, and never losing one."""
 
 
-for each in (gen, batch, warmup, bench, calibrate, verify):
+for each in (gen, batch, warmup, bench, calibrate, verify, compare):
     cli.add_command(each)
 
 

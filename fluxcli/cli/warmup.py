@@ -113,7 +113,7 @@ def warmup(
             format=reading.input_format,
             columns=Columns(reading.prompt_column, reading.id_column),
         )
-        with closing(job.source()) as source:
+        with closing(job.source(say)) as source:
             keys = job.whole_plan(source, say).shapes()
     else:
         chosen = sizes or [(defaults.width, defaults.height)]

@@ -95,9 +95,10 @@ class Job:
                 number += 1
                 job = replace(self, directory=self.directory.with_name(f"{self.directory.name}-{number}"))
 
-    def source(self) -> PromptFile:
-        """The input, opened. To be closed."""
-        return PromptFile(self.input, self.format, self.columns)
+    def source(self, say: Callable[[str], None] = lambda text: None) -> PromptFile:
+        """The input, opened, and unpacked where that is needed. To be closed."""
+        with told_if_slow(say, f"{self.input}: opening"):
+            return PromptFile(self.input, self.format, self.columns)
 
     def preview(self, source: PromptFile, say: Callable[[str], None] = lambda text: None) -> tuple[Intake, Plan]:
         """The plan as a look from outside: no lock taken, nothing mended, nothing written.
@@ -137,7 +138,7 @@ class Job:
         Raises:
             FluxcliError: nothing more can be done; what was committed stays.
         """
-        with closing(self.source()) as source:
+        with closing(self.source(say)) as source:
             intake = None
             if self.strict and not (self.directory / "job.json").exists():
                 # Looked at before a directory is made for it.

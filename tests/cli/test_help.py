@@ -26,7 +26,8 @@ def test_every_option_is_explained(name: str) -> None:
 @pytest.mark.parametrize("name", [None, *cli.commands])
 def test_every_example_can_be_typed(name: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n')
-    (tmp_path / "out").mkdir()
+    for directory in ("out", "out-fast"):
+        (tmp_path / directory).mkdir()
     monkeypatch.chdir(tmp_path)
     command = cli if name is None else cli.commands[name]
     lines = [line.strip() for line in (command.epilog or "").splitlines() if line.strip().startswith("fluxcli ")]

@@ -1,5 +1,6 @@
 """Inputs as people have them, given to the command: read as they are meant, or refused with what to do."""
 
+import gzip
 import json
 import os
 import shutil
@@ -10,7 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from tests.cli.conftest import SMALL, files
 from tests.conftest import ENVIRONMENT, Result, read_rows, write_rows
@@ -93,6 +96,42 @@ def test_streams_are_read_in_the_format_that_is_said(command, tmp_path: Path, ho
     assert plan["directory"] == ("out/rows" if how == "fifo" else "out/stdin")
 
 
+def test_packed_streams_are_refused_with_what_to_do(command, tmp_path: Path) -> None:
+    done = command("batch", "-", *DRY, cwd=tmp_path, stdin=gzip.compress(b'{"prompt": "a"}'))
+    assert done.returncode == 1 and "<stdin>: is gzip" in done.stderr and "gzip -dc FILE |" in done.stderr
+
+
+def pack_gzip(path: Path, rows: list[dict]) -> None:
+    path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+
+
+def pack_parquet(path: Path, rows: list[dict]) -> None:
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+
+@pytest.mark.parametrize(("name", "pack"), [("in.jsonl.gz", pack_gzip), ("in.parquet", pack_parquet)])
+def test_a_job_over_a_packed_input_goes_on_grows_and_notices_what_moved(inside, tmp_path: Path, name, pack) -> None:
+    rows = [{"text": "a red circle"}, {"text": " "}, {"text": "a blue square"}, {"text": "a green star"}]
+    pack(tmp_path / name, rows[:3])
+    (tmp_path / "job.toml").write_text('prompt-column = "text"\nlimit = 2\n')
+    plan = plan_of(inside("batch", name, "--config", "job.toml", *DRY), code=3)
+    assert (plan["directory"], plan["rows"], plan["images"]) == ("out/in", 2, 1)
+    run = ("batch", name, "-o", "out", *SMALL, "--prompt-column", "text")
+    assert inside(*run, "--limit", 1).returncode == 0
+    assert inside(*run).returncode == 3
+    (failure,) = read_rows(tmp_path / "out" / "failures.jsonl")
+    assert (failure["line"], failure["error"]["message"]) == (2, "prompt is empty")
+    assert list(manifest(tmp_path / "out")) == ["000000", "000002"]
+    pack(tmp_path / name, rows)
+    before = manifest(tmp_path / "out")
+    again = inside(*run, "--json")
+    assert (again.returncode, again.json["images"], again.json["done_before"]) == (3, 1, 2)
+    assert {id: row for id, row in manifest(tmp_path / "out").items() if id in before} == before
+    pack(tmp_path / name, [{"text": "new"}, *rows])
+    moved = inside(*run)
+    assert moved.returncode == 1 and f"{name}: rows without ids have moved: line 2" in moved.stderr
+
+
 @pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
 def test_what_a_shell_substitutes_is_read_as_jsonl(tmp_path: Path) -> None:
     line = f'{sys.executable} -m fluxcli batch <(echo \'{{"prompt": "a"}}\') {" ".join(map(str, DRY))}'
@@ -107,10 +146,10 @@ def test_what_a_shell_substitutes_is_read_as_jsonl(tmp_path: Path) -> None:
 
 REFUSED: dict[str, tuple[str, bytes, tuple[str, ...], tuple[str, ...]]] = {
     "UTF-16 without a mark": ("in.txt", "a red circle\na star\n".encode("utf-16-le"), (), ("byte 1 is 0x00", "iconv")),
-    "gzip inside": ("in.jsonl", b"\x1f\x8b\x08\0\0\0\0\0\0\3", (), ("gzip", "byte 0 is 0x1f", "gzip -dc")),
-    "gzip by name": ("in.jsonl.gz", b"\x1f\x8b\x08\0\0\0\0\0\0\3", (), ("gzip", "unpack it")),
+    "gzip cut short": ("in.jsonl.gz", b"\x1f\x8b\x08\0\0\0\0\0\0\3", (), ("gzip", "cut short")),
+    "zstd cut short": ("in.csv.zst", b"\x28\xb5\x2f\xfd\0", (), ("zstd", "cut short")),
     "a workbook as CSV": ("in.csv", b"PK\x03\x04\x14\0\6\0", (), ("Excel", "CSV UTF-8")),
-    "parquet": ("in.parquet", b"PAR1\x15\x04", (), ("parquet", ".jsonl")),
+    "parquet cut short": ("in.parquet", b"PAR1\x15\x04", (), ("cannot be read as parquet",)),
     "an array that breaks off": ("in.json", b'[{"prompt": "a"},\n{"prompt": "b"', (), ("line 2",)),
     "a named column that is not there": ("in.csv", b"prompt,x\na,b\n", ("--prompt-column", "text"), ("text", "prompt")),
     "columns of a text file": ("in.txt", b"a\n", ("--id-column", "id"), ("in.txt", "no columns")),

@@ -2,14 +2,14 @@
 in bounded memory: here only where each row begins and ends is found out, so that a bad row costs no other."""
 
 import json
-import os
 import re
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any, NamedTuple
 
 from fluxcli.core.errors import InputError
-from fluxcli.job.input.lines import BLOCK, MAX_LINE, count_ends, lines
+from fluxcli.job.input.raw.lines import MAX_LINE, count_ends, lines
+from fluxcli.job.input.raw.storage import BLOCK, Bytes
 
 _SPACE = re.compile(rb"[ \t\r\n]*+")
 _OUTSIDE = re.compile(rb'["\[\]{}]')
@@ -35,7 +35,7 @@ class Broken(Exception):
         self.line = line
 
 
-def document_kind(name: str, file: int, offset: int, names: frozenset[str]) -> str | None:
+def document_kind(name: str, file: Bytes, offset: int, names: frozenset[str]) -> str | None:
     """ "array" or "object" where the file from `offset` on is one such document, None where each line is a row.
 
     Args:
@@ -44,7 +44,7 @@ def document_kind(name: str, file: int, offset: int, names: frozenset[str]) -> s
     Raises:
         InputError: one row over several lines, which is neither.
     """
-    opening = os.pread(file, BLOCK, offset).lstrip()[:1]
+    opening = file.pread(BLOCK, offset).lstrip()[:1]
     if opening not in (b"[", b"{"):
         return None
     first, second = _two_lines(file, offset)
@@ -72,7 +72,7 @@ def document_kind(name: str, file: int, offset: int, names: frozenset[str]) -> s
     return kind
 
 
-def elements(file: int, offset: int, kind: str, inside: bool = False) -> Iterator[Element]:
+def elements(file: Bytes, offset: int, kind: str, inside: bool = False) -> Iterator[Element]:
     """Every row of the document that starts at `offset`; from the row there on, where `inside`.
 
     Raises:
@@ -113,7 +113,7 @@ def elements(file: int, offset: int, kind: str, inside: bool = False) -> Iterato
 class _Text:
     """A window on the file that moves forward, and counts the line ends it passes."""
 
-    def __init__(self, file: int, offset: int) -> None:
+    def __init__(self, file: Bytes, offset: int) -> None:
         self._file = file
         self._data = b""
         self._base = offset  # of _data in the file
@@ -185,7 +185,7 @@ class _Text:
 
     def _more(self, start: int) -> bool:
         """Reads on, and lets go of what lies before `start` in the file; False at its end."""
-        data = os.pread(self._file, BLOCK, self._base + len(self._data))
+        data = self._file.pread(BLOCK, self._base + len(self._data))
         if not data:
             return False
         self._count(start - self._base)
@@ -203,13 +203,13 @@ class _Text:
         self._counted = max(self._counted, end)
 
 
-def _two_lines(file: int, offset: int) -> tuple[bytes | None, bytes | None]:
+def _two_lines(file: Bytes, offset: int) -> tuple[bytes | None, bytes | None]:
     """The first line that is not blank, None where it is over MAX_LINE; and the next, None where there is none."""
     two = list(islice(_filled(file, offset), 2))
     return two[0], (two[1] or b"{") if len(two) > 1 else None
 
 
-def _filled(file: int, offset: int) -> Iterator[bytes | None]:
+def _filled(file: Bytes, offset: int) -> Iterator[bytes | None]:
     return (text and text.strip() for _, _, text in lines(file, offset) if text is None or text.strip())
 
 

@@ -8,17 +8,18 @@ import stat
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from fluxcli.core.errors import InputError, RowError
-from fluxcli.job.input import encoding
 from fluxcli.job.input.check import show
 from fluxcli.job.input.document import Broken, Element, document_kind, elements
 from fluxcli.job.input.keys import BODY, NO_COLUMNS, ROW_NAMES, Columns, setting_of, with_body
-from fluxcli.job.input.lines import BLOCK, lines, too_long
-from fluxcli.job.input.tables import Table
+from fluxcli.job.input.raw import archives, encoding, parquet
+from fluxcli.job.input.raw.lines import lines, too_long
+from fluxcli.job.input.raw.storage import BLOCK, Bytes, Packed, Plain, blocks_in, blocks_of
+from fluxcli.job.input.tables import Table, require_prompt
 
 MAX_NESTING = 100  # well below where JSON's own recursion ends, wherever a row is read from
 _ONE_ROW = 2**13  # bytes read at first where one row is wanted
@@ -45,46 +46,45 @@ class RawRow(NamedTuple):
 
 class PromptFile:
     """An input that can be scanned once from the front and then re-read row by row, so that a job holds offsets rather
-    than prompts. What cannot be read twice, standard input ("-") or a pipe, and what is not in UTF-8 is written to a
-    temporary file first.
+    than prompts. What cannot be read twice, standard input ("-") or a pipe, and what has to be unpacked or is not in
+    UTF-8 goes into a temporary file first.
 
     Args:
         format: of the rows; None goes by the name's suffix, and takes a stream without one for JSONL.
 
     Raises:
-        InputError: it cannot be read, is no text, or has no prompts.
+        InputError: it cannot be read or unpacked, is no text, or has no prompts.
     """
 
     def __init__(self, path: str, format: Format | None = None, columns: Columns = NO_COLUMNS) -> None:
         self.name = "<stdin>" if path == "-" else path
         self.columns = columns
-        self._file = _open(path, self.name)
+        self._bytes, parquet_rows = _open(path, self.name, columns)
         try:
-            sample = os.pread(self._file.fileno(), encoding.SAMPLE, 0)
+            sample = self._bytes.pread(encoding.SAMPLE, 0)
             if mark := encoding.mark_of(sample):
-                with self._file as file:
-                    self._file = encoding.as_utf8(self.name, encoding.blocks_of(file), *mark)
+                with closing(self._bytes) as before:
+                    self._bytes = _kept(self.name, encoding.as_utf8(self.name, blocks_in(before), *mark))
             else:
                 encoding.refuse_foreign(self.name, sample)
-            self.format = format or _format_of(path)
+            self.format: Format = "jsonl" if parquet_rows else format or _format_of(path)
             if self.format == "txt" and columns != NO_COLUMNS:
                 raise InputError(f"{self.name}: has no columns to name: each line of a .txt is a prompt")
-            self._descriptor = self._file.fileno()
-            self._start = _after_marks(self._descriptor)
+            self._start = _after_marks(self._bytes)
             self._document = self._table = None
             if self.format in ("csv", "tsv"):
-                self._table = Table(self.name, self._descriptor, self._start, self.format == "tsv", columns)
-            elif self.format == "jsonl":
-                self._document = document_kind(self.name, self._descriptor, self._start, ROW_NAMES)
+                self._table = Table(self.name, self._bytes, self._start, self.format == "tsv", columns)
+            elif self.format == "jsonl" and not parquet_rows:
+                self._document = document_kind(self.name, self._bytes, self._start, ROW_NAMES)
         except OSError as error:
-            self._file.close()
+            self._bytes.close()
             raise InputError(f"{self.name}: cannot be read: {error.strerror}") from error
         except BaseException:
-            self._file.close()
+            self._bytes.close()
             raise
 
     def close(self) -> None:
-        self._file.close()
+        self._bytes.close()
 
     def scan(self) -> Iterator[RawRow]:
         """Every row of the input, in order.
@@ -120,7 +120,7 @@ class PromptFile:
 
     def _line_rows(self, offset: int, block: int) -> Iterator[RawRow]:
         number, jsonl, columns = 0, self.format == "jsonl", self.columns
-        for line, (start, _, raw) in enumerate(lines(self._descriptor, offset, block), start=1):
+        for line, (start, _, raw) in enumerate(lines(self._bytes, offset, block), start=1):
             if raw is None:
                 yield RawRow(number, line, start, RowError(too_long()), 0)
             elif raw.strip():
@@ -132,7 +132,7 @@ class PromptFile:
     def _document_rows(self, kind: str, offset: int | None) -> Iterator[RawRow]:
         start = self._start if offset is None else offset
         try:
-            for number, element in enumerate(elements(self._descriptor, start, kind, inside=offset is not None)):
+            for number, element in enumerate(elements(self._bytes, start, kind, inside=offset is not None)):
                 digest = hash((element.key, element.text))
                 yield RawRow(number, element.line, element.offset, self._element(element), digest)
         except Broken as error:
@@ -150,24 +150,41 @@ class PromptFile:
         return _json(b'{"id": %s, %s' % (element.key, text.lstrip()[1:]), self.columns) if value else value
 
 
-def _open(path: str, name: str) -> IO[bytes]:
-    """The input as a file that can be read at any position."""
+def _open(path: str, name: str, columns: Columns) -> tuple[Bytes, bool]:
+    """The input's text, and whether it is the rows of a parquet file."""
     try:
-        if path != "-" and stat.S_ISREG(os.stat(path).st_mode):
-            return open(path, "rb")
-        if path != "-" and not _is_stream(path):
-            raise InputError(f"{name}: is a device or a directory, not a file of rows")
-        if path == "-" and sys.stdin is None:
-            raise InputError(f"{name}: is closed; give a file, or rows on standard input")
-        with nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as stream:
-            file = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
-            for block in encoding.blocks_of(stream):
-                file.write(block)
-            file.flush()
-            return file
+        if path == "-" or not stat.S_ISREG(os.stat(path).st_mode):
+            return _stream(path, name), False
+        file = open(path, "rb")  # noqa: SIM115 - Plain's to close
     except OSError as error:
-        place = f" or copied to {tempfile.gettempdir()}" if path == "-" or _is_stream(path) else ""
-        raise InputError(f"{name}: cannot be read{place}: {error.strerror}") from error
+        raise InputError(f"{name}: cannot be read: {error.strerror}") from error
+    sample = os.pread(file.fileno(), len(parquet.BEGINNING), 0)
+    is_parquet = sample == parquet.BEGINNING or Path(path).suffix.lower() == ".parquet"
+    packed = archives.kind_of(sample)
+    if not is_parquet and packed is None:
+        return Plain(file), False
+    with file:
+        if is_parquet:
+            return _kept(name, parquet.lines_of(name, file, lambda names: require_prompt(name, names, columns))), True
+        return _kept(name, archives.unpacked(name, file, str(packed))), False
+
+
+def _stream(path: str, name: str) -> Bytes:
+    if path != "-" and not _is_stream(path):
+        raise InputError(f"{name}: is a device or a directory, not a file of rows")
+    if path == "-" and sys.stdin is None:
+        raise InputError(f"{name}: is closed; give a file, or rows on standard input")
+    with nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as stream:
+        return _kept(name, blocks_of(stream))
+
+
+def _kept(name: str, blocks: Iterator[bytes]) -> Bytes:
+    """Blocks in a temporary file."""
+    try:
+        return Packed(blocks)
+    except OSError as error:
+        place = tempfile.gettempdir()
+        raise InputError(f"{name}: cannot be read or copied to {place}: {error.strerror}") from error
 
 
 def _is_stream(path: str) -> bool:
@@ -184,20 +201,26 @@ def is_descriptor(path: str) -> bool:
     return path in ("-", "/dev/stdin", "/dev/null") or path.startswith(("/dev/fd/", "/proc/self/fd/"))
 
 
+def job_name(path: str) -> str:
+    """What a job over this input is called."""
+    return "stdin" if is_descriptor(path) else archives.inner_name(path).stem
+
+
 def _format_of(path: str) -> Format:
-    found = _SUFFIXES.get(Path(path).suffix.lower())
+    found = _SUFFIXES.get(archives.inner_name(path).suffix.lower())
     if found is None and (is_descriptor(path) or _is_stream(path)):
         return "jsonl"
     if found is None:
         raise InputError(
-            f"{path}: unknown kind of input; use .jsonl, .json, .txt, .csv or .tsv, or say which with --input-format"
+            f"{path}: unknown kind of input; use .jsonl, .json, .txt, .csv or .tsv, each also .gz or .zst, .parquet; "
+            "--input-format says which where the name does not"
         )
     return found
 
 
-def _after_marks(file: int) -> int:
+def _after_marks(file: Bytes) -> int:
     start = 0
-    while os.pread(file, 3, start) == codecs.BOM_UTF8:
+    while file.pread(3, start) == codecs.BOM_UTF8:
         start += 3
     return start
 

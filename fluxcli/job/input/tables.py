@@ -3,15 +3,16 @@
 import csv
 import re
 import string
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from fluxcli.core.errors import InputError, RowError
 from fluxcli.core.terminal import printable
 from fluxcli.job.input.check import show
-from fluxcli.job.input.encoding import bad_byte
 from fluxcli.job.input.keys import Columns, setting_of
-from fluxcli.job.input.lines import BLOCK, MAX_LINE, lines, too_long
+from fluxcli.job.input.raw.encoding import bad_byte
+from fluxcli.job.input.raw.lines import MAX_LINE, lines, too_long
+from fluxcli.job.input.raw.storage import BLOCK, Bytes
 
 _DELIMITERS = (",", ";", "\t")
 _SEPARATOR = re.compile(r'"?sep=([^\w\s"]|\t)"?\s*', re.IGNORECASE)  # as Excel writes it above a header
@@ -31,7 +32,7 @@ class TableRow(NamedTuple):
 class Table:
     """A table's header, and its rows from any row's offset on."""
 
-    def __init__(self, name: str, file: int, offset: int, tabs: bool, columns: Columns) -> None:
+    def __init__(self, name: str, file: Bytes, offset: int, tabs: bool, columns: Columns) -> None:
         self._name, self._file = name, file
         feed = _Feed(file, offset)
         first = _line(feed)
@@ -130,7 +131,7 @@ class Table:
 class _Feed:
     """A file's lines as text, with what was taken of them since `begin`."""
 
-    def __init__(self, file: int, offset: int, count: int = 0, block: int = BLOCK) -> None:
+    def __init__(self, file: Bytes, offset: int, count: int = 0, block: int = BLOCK) -> None:
         self._file, self._block = file, block
         self.seek(offset, count)
         self.begin()
@@ -241,6 +242,12 @@ def _typed(setting: str, cell: str) -> Any:
 def _line(feed: _Feed) -> str:
     """The first line, blank ones left out; nothing where there is none."""
     return next((text for text in feed if text.strip() or feed.bad), "")
+
+
+def require_prompt(name: str, header: Sequence[str], columns: Columns) -> None:
+    """Raises InputError where no column of a table is the prompt."""
+    if not any(setting_of(each, columns) == "prompt" for each in header):
+        raise InputError(f"{name}: {_no_prompt(', '.join(header), columns)}")
 
 
 def _no_prompt(header: str, columns: Columns) -> str:

@@ -44,7 +44,7 @@ class Identity:
 
     def differences(self, now: "Identity") -> list[str]:
         """Each option that is another now, in words."""
-        before, after = self._told(), now._told()
+        before, after = self.told(), now.told()
         return [
             f"--{name.replace('_', '-')} was {before.get(name, (None, 'None'))[1]}, "
             f"now {after.get(name, (None, 'None'))[1]}"
@@ -52,8 +52,8 @@ class Identity:
             if before.get(name, (None,))[0] != after.get(name, (None,))[0]
         ]
 
-    def _told(self) -> dict[str, tuple[Any, str]]:
-        """What is compared of each option, and how it is shown."""
+    def told(self) -> dict[str, tuple[Any, str]]:
+        """The model and each option by name: what is compared of it, and how it is shown."""
         model = self.model
         at = f" at {_plain(model['revision'])}" if model.get("revision") else ""
         name = f"{_plain(model['name'])}{at} (weights {_plain(model['fingerprint'][:8])})"

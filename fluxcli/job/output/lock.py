@@ -239,6 +239,13 @@ def _owner(data: bytes) -> Owner | None:
         return None
 
 
+def owner(directory: Path) -> Owner | None:
+    """Whom a directory's .lock names: who is at work there, or died there."""
+    with contextlib.suppress(JobError, OSError):
+        return _read(directory / ".lock")
+    return None
+
+
 def problem_with(directory: Path) -> str | None:
     """What is wrong with a directory's .lock, if it has one."""
     path = directory / ".lock"

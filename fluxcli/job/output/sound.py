@@ -1,14 +1,19 @@
 """Whether bytes on disk are a whole image: stricter than decoders, which forgive a damaged end."""
 
 import zlib
-from typing import BinaryIO
+from collections.abc import Callable
+from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 from PIL import Image
+
+if TYPE_CHECKING:
+    import numpy as np
 
 LARGEST = 2**28  # bytes: 4096x4096 pixels raw are 50 MB
 _MOST_PIXELS = 4096 * 4096
 _FORMATS = ("PNG", "JPEG", "WEBP")
 _PNG = b"\x89PNG\r\n\x1a\n"
+T = TypeVar("T")
 
 
 class Unsound(ValueError):
@@ -21,6 +26,19 @@ def size_of(file: BinaryIO) -> tuple[int, int]:
     Raises:
         Unsound: it is damaged, cut short, or no PNG, JPEG or WebP at all.
     """
+    return _decoded(file, lambda image: image.size)
+
+
+def pixels_of(file: BinaryIO) -> "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]":
+    """The pixels of the image in a file, uint8 [H, W, 3].
+
+    Raises:
+        Unsound: as `size_of`, or it is larger than an image of a job can be.
+    """
+    return _decoded(file, _pixels)
+
+
+def _decoded(file: BinaryIO, take: Callable[[Image.Image], T]) -> T:
     data = file.read(LARGEST + 1)
     if len(data) > LARGEST:
         raise Unsound("too large to be an image of a job")
@@ -30,11 +48,19 @@ def size_of(file: BinaryIO) -> tuple[int, int]:
             _check_end(data)
             if image.width * image.height <= _MOST_PIXELS:  # else it is no image of a job whatever its pixels
                 image.load()
-            return image.size
+            return take(image)
     except (Unsound, MemoryError):
         raise
     except Exception as error:  # a decoder on hostile bytes may raise anything
         raise Unsound(f"cannot be decoded: {type(error).__name__}") from error
+
+
+def _pixels(image: Image.Image) -> "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]":
+    import numpy as np
+
+    if image.width * image.height > _MOST_PIXELS:
+        raise Unsound(f"is {image.width}x{image.height}, larger than an image of a job can be")
+    return np.asarray(image.convert("RGB"))
 
 
 def _check_end(data: bytes) -> None:

@@ -82,9 +82,7 @@ def plan_table(data: dict[str, Any]) -> str:
         )
         for group in data["groups"]
     ]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    lines.append("")
+    lines = [*table(rows), ""]
     lines.append(
         f"{data['rows']} rows: {data['images']} images to make in {data['batches']} batches, "
         f"{data['done']} done, {data['failed']} failed, {data['truncated']} truncated"
@@ -104,6 +102,12 @@ def plan_table(data: dict[str, Any]) -> str:
 def _steps(group: dict[str, Any]) -> str:
     evaluated = f" ({group['evaluated_steps']} evaluated)" if "evaluated_steps" in group else ""
     return f"{group['num_inference_steps']}{evaluated}"
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines with columns as wide as their widest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
 
 
 def failure_lines(failures: Sequence[Failure], shown: int = 5) -> list[str]:

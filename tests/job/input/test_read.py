@@ -15,7 +15,7 @@ from fluxcli.core.config import RowDefaults
 from fluxcli.core.errors import InputError
 from fluxcli.core.records import PromptRecord
 from fluxcli.job.input.check import check_row
-from fluxcli.job.input.lines import MAX_LINE
+from fluxcli.job.input.raw.lines import MAX_LINE
 from fluxcli.job.input.read import PromptFile
 from tests.job.input.conftest import DEFAULTS, images, one, refusal, take
 

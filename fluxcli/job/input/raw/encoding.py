@@ -2,15 +2,12 @@
 UTF-8; anything else is refused whole, with its first bad byte and what to do."""
 
 import codecs
-import tempfile
 import unicodedata
 from collections.abc import Iterator
-from typing import IO
 
 from fluxcli.core.errors import InputError
 
 SAMPLE = 2**16  # bytes looked at
-_BLOCK = 2**20
 # UTF-32's little-endian mark begins with UTF-16's.
 _MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32-le"),
@@ -23,7 +20,7 @@ _FOREIGN = (
     (b"\x28\xb5\x2f\xfd", "zstd", "unpack it: zstd -dc FILE | fluxcli batch - --input-format ..."),
     (b"\xfd7zXZ\0", "xz", "unpack it: xz -dc FILE | fluxcli batch - --input-format ..."),
     (b"BZh91AY&SY", "bzip2", "unpack it: bzip2 -dc FILE | fluxcli batch - --input-format ..."),
-    (b"PAR1\x15", "parquet", "write its rows as .jsonl or .csv"),
+    (b"PAR1", "parquet", "give it as a file, or write its rows as .jsonl or .csv"),
     (b"PK\x03\x04", "a zip archive or an Excel workbook", "save the sheet as CSV UTF-8, or unpack it"),
     (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an old Excel workbook", "save the sheet as CSV UTF-8"),
 )
@@ -52,37 +49,29 @@ def refuse_foreign(name: str, sample: bytes) -> None:
             )
 
 
-def as_utf8(name: str, blocks: Iterator[bytes], mark: bytes, encoding: str) -> IO[bytes]:
-    """The text after its mark as a temporary file in UTF-8.
+def as_utf8(name: str, blocks: Iterator[bytes], mark: bytes, encoding: str) -> Iterator[bytes]:
+    """The text after its mark in UTF-8.
 
     Raises:
         InputError: naming the first byte that is none of the encoding's.
     """
     decoder = codecs.getincrementaldecoder(encoding)()
-    file = tempfile.TemporaryFile()  # noqa: SIM115 - the reader's to close
     done = 0  # bytes handed to the decoder, less those it holds back
     try:
         for block in blocks:
             held = len(decoder.getstate()[0])
             done, block = (done, block) if done else (len(mark), block[len(mark) :])
             start = done - held
-            file.write(decoder.decode(block).encode())
+            yield decoder.decode(block).encode()
             done += len(block)
         start = done - len(decoder.getstate()[0])
         decoder.decode(b"", final=True)
-        file.flush()
     except UnicodeDecodeError as error:
-        file.close()
         bad = error.object[error.start]
         raise InputError(
             f"{name}: is not valid {encoding.upper()[:-3]}, as its first bytes say: byte {start + error.start} "
             f"(0x{bad:02x}); save it as UTF-8"
         ) from error
-    return file
-
-
-def blocks_of(file: IO[bytes]) -> Iterator[bytes]:
-    return iter(lambda: file.read(_BLOCK), b"")
 
 
 def bad_byte(error: UnicodeDecodeError) -> str:

@@ -1,15 +1,15 @@
 """Lines of a file in bounded memory, at their offsets, whatever ends them."""
 
 import codecs
-import os
 from collections.abc import Iterator
 
+from fluxcli.job.input.raw.storage import BLOCK, Bytes
+
 MAX_LINE = 10 * 2**20  # bytes
-BLOCK = 2**20
 
 
-def lines(file: int, offset: int, block: int = BLOCK) -> Iterator[tuple[int, int, bytes | None]]:
-    """(start, end, line) of each line of an open file from `offset` on.
+def lines(file: Bytes, offset: int, block: int = BLOCK) -> Iterator[tuple[int, int, bytes | None]]:
+    """(start, end, line) of each line of a file from `offset` on.
 
     LF, CRLF and CR end a line and stay at its end; byte order marks at its start, as files put together have them, are
     left out. None stands for a line over MAX_LINE, which is never held whole. Reads at positions of its own, so that
@@ -18,7 +18,7 @@ def lines(file: int, offset: int, block: int = BLOCK) -> Iterator[tuple[int, int
     rest, position = b"", offset
     long_from: int | None = None  # where a line over MAX_LINE started
     while True:
-        data = os.pread(file, block, position)
+        data = file.pread(block, position)
         position += len(data)
         pieces = (rest + data).splitlines(keepends=True)
         # Only LF is sure to be a line's whole end: another may follow CR.
