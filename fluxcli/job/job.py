@@ -25,12 +25,13 @@ from fluxcli.job.output.store import JobStore
 from fluxcli.job.plan import BatchSize, Plan, padded_sizes, plan, size_of
 from fluxcli.job.report import text as report
 from fluxcli.job.run import signals
-from fluxcli.job.run.lanes import Engine
+from fluxcli.job.run.lanes import ENCODERS, Engine, Lanes, LocalLane
 from fluxcli.job.run.progress import Progress, Reading, told_if_slow
 from fluxcli.job.run.runner import Runner
 from fluxcli.job.run.saving import Saver
 from fluxcli.job.run.signals import Stopped
 from fluxcli.job.run.totals import Run, Totals
+from fluxcli.job.run.writing import Writer
 from fluxcli.models.checkpoints import Checkpoint
 from fluxcli.models.tokenizers import Tokenizers
 
@@ -177,15 +178,22 @@ class Job:
         todo = self.plan(intake)
         run.planned, run.shapes = len(intake.groups), todo.shapes()
         with Progress(len(intake.groups)) as progress:
-            saver = Saver(run, self.image, self.checkpoint.label, progress, self.max_failures)
+            saver = Saver(run, progress, self.max_failures)
             with signals.held():
                 saver.fail(intake.failures, attempted=False)
             if not len(todo):
                 return
             runner = Runner(run, intake, todo, saver, progress)
-            lane = runner.prepare(lambda: make_engine(todo.shapes()))
-            with signals.held():
-                runner.run(lane)
+
+            def open_lanes() -> Lanes:
+                engine = make_engine(todo.shapes())
+                writer = Writer(self.image, self.checkpoint.label, run.store.write, ENCODERS)
+                lane = LocalLane(engine, writer, saver.place, progress.say)
+                lane.warm_up(todo.shapes())
+                return lane
+
+            with runner.prepare(open_lanes) as lanes, signals.held():
+                runner.run(lanes)
 
     def _accepted(
         self,
