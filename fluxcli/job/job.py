@@ -14,6 +14,7 @@ from fluxcli.core.config import EngineConfig, ImageFormat, RowDefaults
 from fluxcli.core.errors import InputError, JobError
 from fluxcli.core.files import folds_case
 from fluxcli.core.records import ShapeKey
+from fluxcli.job.fleet.fleet import Fleet, Workers
 from fluxcli.job.input.intake import Intake, Status, take_in
 from fluxcli.job.input.keys import NO_COLUMNS, Columns
 from fluxcli.job.input.read import Format, PromptFile
@@ -122,7 +123,7 @@ class Job:
 
     def run(
         self,
-        make_engine: Callable[[list[ShapeKey]], Engine],
+        engines: Callable[[list[ShapeKey]], Engine] | Workers,
         machine: dict[str, Any],
         say: Callable[[str], None],
         tell: Callable[[int, dict[str, Any]], None] = lambda status, totals: None,
@@ -130,7 +131,7 @@ class Job:
         """Does what is missing. Returns the exit code and the run's totals.
 
         Args:
-            make_engine: given every shape that it will have to run.
+            engines: what makes this process's, given every shape that it will have to run; or worker processes.
             machine: device, dtype and versions for runs.jsonl.
             tell: given what would be returned, where a signal ends the process before anything is in flight.
 
@@ -164,7 +165,7 @@ class Job:
                         totals.rows, totals.done_before, totals.skipped = intake.rows, intake.done, intake.skipped
                         for line in (*report.remark_lines(intake.tally), *report.failure_lines(intake.failures)):
                             say(line)
-                        self._make(run, intake, make_engine)
+                        self._make(run, intake, engines)
                         status = 3 if totals.failures or totals.skipped else 0
                     except Stopped as stopped:
                         status = stopped.exit_code
@@ -174,7 +175,7 @@ class Job:
                             run.record(status)
         return status, report.totals_data(run.totals)
 
-    def _make(self, run: Run, intake: Intake, make_engine: Callable[[list[ShapeKey]], Engine]) -> None:
+    def _make(self, run: Run, intake: Intake, engines: Callable[[list[ShapeKey]], Engine] | Workers) -> None:
         todo = self.plan(intake)
         run.planned, run.shapes = len(intake.groups), todo.shapes()
         with Progress(len(intake.groups)) as progress:
@@ -185,15 +186,28 @@ class Job:
                 return
             runner = Runner(run, intake, todo, saver, progress)
 
-            def open_lanes() -> Lanes:
-                engine = make_engine(todo.shapes())
-                writer = Writer(self.image, self.checkpoint.label, run.store.write, ENCODERS)
-                lane = LocalLane(engine, writer, saver.place, progress.say)
-                lane.warm_up(todo.shapes())
-                return lane
+            def lanes() -> Lanes:
+                if isinstance(engines, Workers):
+                    return self._fleet(engines, run, saver, progress)
+                return self._own_lane(engines, run, saver, progress)
 
-            with runner.prepare(open_lanes) as lanes, signals.held():
-                runner.run(lanes)
+            with runner.prepare(lanes) as ready, signals.held():
+                runner.run(ready)
+
+    def _own_lane(
+        self, make_engine: Callable[[list[ShapeKey]], Engine], run: Run, saver: Saver, progress: Progress
+    ) -> Lanes:
+        engine = make_engine([*run.shapes])
+        writer = Writer(self.image, self.checkpoint.label, run.store.write, ENCODERS)
+        lane = LocalLane(engine, writer, saver.place, progress.say)
+        lane.warm_up(run.shapes)
+        return lane
+
+    def _fleet(self, workers: Workers, run: Run, saver: Saver, progress: Progress) -> Lanes:
+        label = self.checkpoint.label
+        fleet = Fleet(workers, run.shapes, run.store, self.image, label, saver.place, progress.say)
+        run.workers, progress.pulse = fleet.describe, fleet.pulse
+        return fleet
 
     def _accepted(
         self,

@@ -24,6 +24,7 @@ class Progress:
         self._done = self._failed = self._failed_before = 0
         self._started = self._last_line = clock()
         self._bar: tqdm[Any] | None = None
+        self.pulse: Callable[[], str] | None = None  # how worker processes are, in a few words
 
     def start(self) -> None:
         self._started = self._last_line = self._clock()
@@ -44,7 +45,7 @@ class Progress:
         self._done += done
         self._failed += failed
         if self._bar is not None:
-            self._bar.set_postfix(failed=self._failed, refresh=False)
+            self._bar.set_postfix_str(f"failed={self._failed}{self._workers()}", refresh=False)
             self._bar.update(done)
         elif self._clock() - self._last_line >= _SECONDS_BETWEEN_LINES:
             self._last_line = self._clock()
@@ -64,8 +65,11 @@ class Progress:
         minutes, seconds = divmod(round(left), 60)
         return (
             f"{self._done}/{self._total} images, {rate:.2f} images/s, "
-            f"{minutes // 60:d}:{minutes % 60:02d}:{seconds:02d} left, {self._failed} failed"
+            f"{minutes // 60:d}:{minutes % 60:02d}:{seconds:02d} left, {self._failed} failed{self._workers()}"
         )
+
+    def _workers(self) -> str:
+        return f", {self.pulse()}" if self.pulse else ""
 
 
 class Reading:
