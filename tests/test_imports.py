@@ -19,7 +19,7 @@ ENGINE = (
     "engine.denoise", "engine.runtime", "engine.flight", "engine.attention", "engine.matmul",
     "engine.layers", "engine.nets", "engine.weights", "engine.text", "engine.vae", "engine.memory", "engine.engine",
 )  # fmt: skip
-TOP = ("api", "worker", "bench", "cli", "__main__")
+TOP = ("worker", "api", "bench", "cli", "__main__")
 ROOMS = (*GROUND, *JOB, *ENGINE, *TOP)
 
 

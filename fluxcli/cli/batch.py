@@ -1,6 +1,7 @@
 """`fluxcli batch`."""
 
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from fluxcli.cli.options import (
     Files,
     Input,
     Machine,
+    Processes,
     Rows,
     _read_config,
     batch_size_option,
@@ -19,6 +21,7 @@ from fluxcli.cli.options import (
     input_options,
     json_output,
     machine_options,
+    process_options,
     row_options,
     text_lengths_option,
     verbosity,
@@ -57,6 +60,7 @@ from fluxcli.core import config
 @row_options
 @text_lengths_option
 @machine_options
+@process_options
 @json_output
 @verbosity
 @click.pass_context
@@ -77,6 +81,7 @@ def batch(
     rows: Rows,
     text_lengths: tuple[int, ...],
     machine: Machine,
+    processes: Processes,
     as_json: bool,
 ) -> None:
     """Run a job: every row of INPUT (.jsonl, .json, .txt, .csv, .tsv, or - for standard input) becomes an image.
@@ -89,7 +94,11 @@ def batch(
     from fluxcli.job.input.read import is_descriptor
     from fluxcli.job.job import Job
     from fluxcli.job.report import text as report
+    from fluxcli.worker import processes as chosen_processes
 
+    several = chosen_processes(processes.gpus, processes.workers, machine.device)
+    if several is not None:
+        machine = replace(machine, device=several.device)
     checkpoint, engine_config, defaults = settings(machine, rows, strict)
     job = Job(
         input,
@@ -131,7 +140,8 @@ def batch(
         if as_json:
             click.echo(json_text({"directory": str(job.directory), **totals, "exit_status": status}))
 
-    make = partial(load_engine, checkpoint, engine_config)
-    status, totals = job.run(make, device.machine(engine_config), say, tell)
+    own = partial(load_engine, checkpoint, engine_config)
+    engines = own if several is None else several.workers(checkpoint, engine_config)
+    status, totals = job.run(engines, device.machine(engine_config), say, tell)
     tell(status, totals)
     ctx.exit(status)
