@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from fluxcli.core.errors import DeviceError, ModelError, OutOfMemory
-from fluxcli.core.records import Batch, ShapeKey
+from fluxcli.core.records import Batch, Images, ShapeKey, Timing
 from fluxcli.job.fleet.serve import serve
 from fluxcli.job.output.sink import FileSink, Written
 from tests.job.harness import Flight, SeedEngine
@@ -53,6 +53,10 @@ class Engine(SeedEngine):
 
     def submit(self, batch: Batch) -> Landed:
         time.sleep(self._settings.get("seconds", 0.0))
+        if self._settings.get("blank"):
+            count, one = len(batch.records), batch.records[0]
+            pixels = np.zeros((count, one.height, one.width, 3), np.uint8)
+            return Landed(Images(pixels, [True] * count, Timing(0.1, 0.2, 0.3)))
         return Landed(super().submit(batch).result())
 
     def _broken_by(self, batch: Batch, pixels: np.ndarray, finite: list[bool]) -> None:
