@@ -94,6 +94,7 @@ def batch(
     from fluxcli.job.input.read import is_descriptor
     from fluxcli.job.job import Job
     from fluxcli.job.report import text as report
+    from fluxcli.job.report.forecast import forecast
     from fluxcli.worker import processes as chosen_processes
 
     several = chosen_processes(processes.gpus, processes.workers, machine.device)
@@ -125,6 +126,8 @@ def batch(
         with closing(job.source()) as source:
             intake, plan = job.preview(source, say)
         data = report.plan_data(intake, plan)
+        data["workers"] = len(several.names) if several else 1
+        data["forecast"] = forecast(job.directory, intake.groups, data["workers"])
         if as_json:
             click.echo(json_text({"directory": str(job.directory), **data}))
         else:

@@ -37,6 +37,10 @@ def test_workers_make_what_one_process_makes(inside: Callable[..., Result], tmp_
     assert sum(worker["images"] for worker in run["workers"]) == len(PROMPTS)
     assert (run["images"], run["device"]) == (len(PROMPTS), "cpu")
     assert all(worker["device"] == "cpu" for worker in run["workers"] if worker["images"])
+    write_rows(tmp_path / "more.jsonl", [*PROMPTS, {"prompt": "a"}, {"prompt": "b"}])
+    planned = [inside("batch", "more.jsonl", *words, *SMALL, "--dry-run", *more) for more in ((), ("--json",))]
+    assert "by the images made here: about 0:00:0" in planned[0].stderr and "on 2 workers" in planned[0].stderr
+    assert (planned[1].json["workers"], planned[1].json["forecast"]["images"]) == (2, 2)
     done = inside("batch", "in.jsonl", *words, *SMALL)  # and nothing is started for nothing
     assert done.returncode == 0 and "starting" not in done.stderr
     assert inside("batch", "in.jsonl", "-o", "two", *SMALL).returncode == 0  # in one process: the same job
