@@ -14,7 +14,7 @@ from fluxcli.core.config import EngineConfig, ImageFormat, RowDefaults
 from fluxcli.core.errors import InputError, JobError
 from fluxcli.core.files import folds_case
 from fluxcli.core.records import ShapeKey
-from fluxcli.job.fleet.fleet import Fleet, Workers
+from fluxcli.job.fleet.fleet import Destination, Fleet, Workers
 from fluxcli.job.input.intake import Intake, Status, take_in
 from fluxcli.job.input.keys import NO_COLUMNS, Columns
 from fluxcli.job.input.read import Format, PromptFile
@@ -204,8 +204,8 @@ class Job:
         return lane
 
     def _fleet(self, workers: Workers, run: Run, saver: Saver, progress: Progress) -> Lanes:
-        label = self.checkpoint.label
-        fleet = Fleet(workers, run.shapes, run.store, self.image, label, saver.place, progress.say)
+        destination = Destination(run.store, self.image, self.checkpoint.label, saver.place)
+        fleet = Fleet(workers, run.shapes, destination, progress.say)
         run.workers, progress.pulse = fleet.describe, fleet.pulse
         return fleet
 

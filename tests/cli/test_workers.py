@@ -46,6 +46,14 @@ def test_workers_make_what_one_process_makes(inside: Callable[..., Result], tmp_
     assert inside("batch", "in.jsonl", "-o", "two", *SMALL).returncode == 0  # in one process: the same job
 
 
+def test_warmup_on_several_processes(inside: Callable[..., Result], tmp_path: Path) -> None:
+    words = ("-m", "tiny", "--size", "64x64", "--size", "64x80", "--text-lengths", "64", "--json")
+    done = inside("warmup", *words, "--workers", 2)
+    assert done.returncode == 0, done.stderr
+    assert sorted(shape["height"] for shape in done.json["shapes"]) == [64, 80]
+    assert done.json["shapes"][0].keys() == inside("warmup", *words).json["shapes"][0].keys()
+
+
 @pytest.mark.parametrize(
     ("words", "code", "told"),
     [

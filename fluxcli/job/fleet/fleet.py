@@ -15,7 +15,7 @@ from typing import Any
 
 from fluxcli.core.config import ImageFormat
 from fluxcli.core.errors import FluxcliError
-from fluxcli.core.records import PromptRecord, ShapeKey
+from fluxcli.core.records import PromptRecord, ShapeKey, WarmUp
 from fluxcli.job.fleet.deadlines import Deadlines, Patience
 from fluxcli.job.fleet.process import Process, how
 from fluxcli.job.fleet.wire import Garbage
@@ -48,8 +48,24 @@ class Workers:
     patience: Patience = field(default_factory=Patience)
 
 
+@dataclass(frozen=True)
+class Destination:
+    """Where images go: into whose directory, in which format and with which model's name in them, each to its place,
+    which is asked when its batch is handed out."""
+
+    store: JobStore
+    format: ImageFormat
+    model: str
+    place: Callable[[PromptRecord], str]
+
+
 class Fleet:
     """Lanes in processes of their own. As a context it leaves none of them, and none of their litter.
+
+    Args:
+        shapes: every one that they will have to run.
+        destination: None where they are to make no images.
+        report: told of each shape that one of them made ready.
 
     Raises:
         FluxcliError: none can be started, in their own words.
@@ -59,32 +75,26 @@ class Fleet:
         self,
         workers: Workers,
         shapes: Sequence[ShapeKey],
-        store: JobStore,
-        format: ImageFormat,
-        model: str,
-        place: Callable[[PromptRecord], str],
+        destination: Destination | None,
         say: Callable[[str], None],
+        report: Callable[[WarmUp], None] = lambda one: None,
     ) -> None:
-        self._store, self._say = store, say
+        self._destination, self._say = destination, say
         self._selector = selectors.DefaultSelector()
         self._lost: list[str] = []  # temporaries of batches that were taken back
         self._told: list[Made | Failed] = []
         self._stopping, self._stopped_at = False, 0.0
+        encoders = max(1, min(ENCODERS, (os.cpu_count() or 1) // len(workers.names)))
         start = {
             "kind": "start",
             "settings": workers.settings,
-            "directory": str(store.directory.absolute()),
-            "suffix": format.suffix,
-            "format": (format.name, format.quality),
-            "model": model,
-            "encoders": max(1, min(ENCODERS, (os.cpu_count() or 1) // len(workers.names))),
             "shapes": shapes,
+            "images": destination and _plain(destination, encoders),
         }
-        deadlines = Deadlines(workers.patience)
+        place, sink = (destination.place, destination.store.sink) if destination else (None, None)
+        shared = (start, place, sink, Deadlines(workers.patience), say, report)
         self._workers = [
-            Worker(
-                number, name, partial(Process, workers.module, number, own), start, place, store.sink, deadlines, say
-            )
+            Worker(number, name, partial(Process, workers.module, number, own), *shared)
             for number, (name, own) in enumerate(zip(workers.names, workers.environments, strict=True))
         ]
         self._say(f"starting {len(self._workers)} workers: {', '.join(workers.names)}")
@@ -213,7 +223,8 @@ class Fleet:
         except LastWords as words:
             if words.disk is not None:
                 number, text, name = words.disk
-                raise self._store.bar(OSError(number, text, name or None)) from None
+                assert self._destination is not None
+                raise self._destination.store.bar(OSError(number, text, name or None)) from None
             if words.fault == "user":
                 raise FluxcliError(str(words)) from None
             self._lose(worker, str(words), _ENDING)
@@ -266,8 +277,9 @@ class Fleet:
 
     def _sweep(self, temporaries: Sequence[str]) -> None:
         for temporary in temporaries:
+            assert self._destination is not None
             try:
-                self._store.sink.discard(temporary)
+                self._destination.store.sink.discard(temporary)
             except OSError:  # the disk is the commit's to complain about
                 return
 
@@ -276,3 +288,14 @@ class Fleet:
             self._close(worker)
         self._sweep(self._lost)  # again: a process that could not be killed may have written since
         self._selector.close()
+
+
+def _plain(destination: Destination, encoders: int) -> dict[str, Any]:
+    """A destination as `serve` reads it."""
+    return {
+        "directory": str(destination.store.directory.absolute()),
+        "suffix": destination.format.suffix,
+        "format": (destination.format.name, destination.format.quality),
+        "model": destination.model,
+        "encoders": encoders,
+    }

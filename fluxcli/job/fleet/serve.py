@@ -7,10 +7,10 @@ import queue
 import socket
 import sys
 import threading
-import time
 import traceback
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -69,8 +69,9 @@ class _Server:
         warnings.showwarning = lambda message, *where: self._say(f"Warning: {message}")
         shapes = [ShapeKey(*key) for key in start["shapes"]]
         engine, device = make_engine(start["settings"], shapes, self._say)
-        self._sink = FileSink(Path(start["directory"]), start["suffix"])
-        writer = Writer(ImageFormat(*start["format"]), start["model"], self._write, start["encoders"])
+        images = start["images"] or {"directory": "", "suffix": "", "format": (), "model": "", "encoders": 1}
+        self._sink = FileSink(Path(images["directory"]), images["suffix"])
+        writer = Writer(ImageFormat(*images["format"]), images["model"], self._write, images["encoders"])
         saver = threading.Thread(target=self._save, name="save", daemon=True)
         saver.start()
         self._tell("ready", version=__version__, device=device)
@@ -125,14 +126,16 @@ class _Server:
         if key not in self._warm:
             while lane.busy:  # nothing runs while a shape is captured
                 self._settle(lane)
-            start = time.perf_counter()
-            lane.warm_up([key])
+            for one in lane.warm_up([key]):
+                self._tell("warmed", **asdict(one))
             self._warm.add(key)
-            self._tell("warmed", key=key, seconds=time.perf_counter() - start)
         records = [PromptRecord(*record) for record in lease["records"]]
         batch = Batch(lease["index"], key, lease["steps"], records)
-        if len(records) > lane.limit(key):
+        if (len(records) or key.batch_size) > lane.limit(key):
             self._failed(lane, batch, "out_of_memory", f"no memory for {key}")
+            return
+        if not records:  # the shape was to be made ready, and no more
+            self._tell("done", lease=batch.index, timing=(0, 0, 0), saved=[])
             return
         self._places.update(zip((record.id for record in records), map(tuple, lease["places"]), strict=True))
         lane.submit(batch)

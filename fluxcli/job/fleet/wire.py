@@ -10,6 +10,7 @@ Message = dict[str, Any]
 LONGEST = 2**28  # bytes: a batch of the longest prompts, and some
 _HEAD = struct.Struct(">I")
 _PART = 2**16
+_TEXT = 500  # characters of a text that are kept
 
 
 class Garbage(Exception):
@@ -87,3 +88,30 @@ def _message(data: bytes) -> Message:
     if not isinstance(message, dict) or not isinstance(message.get("kind"), str):
         raise Garbage("no message")
     return message
+
+
+# Values of a message, each what it must be; ValueError where it is not.
+
+
+def whole(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError(f"no whole number: {value!r}"[:100])
+    return value
+
+
+def seconds(value: Any) -> float:
+    if not isinstance(value, int | float) or not 0 <= value < 1e9:
+        raise ValueError(f"no time: {value!r}"[:100])
+    return float(value)
+
+
+def text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"no text: {value!r}"[:100])
+    return value[:_TEXT]
+
+
+def one_of(value: Any, known: tuple[str, ...]) -> str:
+    if value not in known:
+        raise ValueError(f"none of {', '.join(known)}")
+    return str(value)

@@ -10,8 +10,9 @@ from typing import Any
 from fluxcli import __version__
 from fluxcli.core.errors import FluxcliError
 from fluxcli.core.files import temporary_name
-from fluxcli.core.records import Batch, Failure, PromptRecord, ShapeKey, Timing
+from fluxcli.core.records import Batch, Failure, PromptRecord, ShapeKey, Timing, WarmUp
 from fluxcli.core.terminal import printable_line
+from fluxcli.job.fleet import wire
 from fluxcli.job.fleet.deadlines import Deadlines
 from fluxcli.job.fleet.process import Process
 from fluxcli.job.fleet.wire import Garbage, Message
@@ -20,7 +21,6 @@ from fluxcli.job.run.lanes import Failed, Made
 from fluxcli.job.run.writing import Saved
 
 _AHEAD = 2  # batches that it has not made yet: one on the device, one behind it
-_LONGEST = 500  # characters of a message of its to pass on
 _SHA256 = re.compile(r"[0-9a-f]{64}").fullmatch
 
 
@@ -61,8 +61,8 @@ class Worker:
     """A lane in another process.
 
     Args:
-        place: where an image is to go, asked when its batch is handed out.
         start: what a process is told first.
+        place: where an image is to go, asked when its batch is handed out; None, as `sink`, where none is made.
     """
 
     def __init__(
@@ -71,14 +71,15 @@ class Worker:
         name: str,
         spawn: Callable[[], Process],
         start: Message,
-        place: Callable[[PromptRecord], str],
-        sink: FileSink,
+        place: Callable[[PromptRecord], str] | None,
+        sink: FileSink | None,
         deadlines: Deadlines,
         say: Callable[[str], None],
+        report: Callable[[WarmUp], None],
     ) -> None:
         self.number, self.name, self.facts = number, name, Facts()
         self._spawn, self._start, self._place, self._sink = spawn, start, place, sink
-        self._deadlines, self._say = deadlines, say
+        self._deadlines, self._say, self._report = deadlines, say, report
         self.process: Process | None = None
         self.leases: dict[int, Lease] = {}
         self.begun = self.first_begun = 0.0  # when it was ready: this process, and the first
@@ -127,6 +128,7 @@ class Worker:
         assert self.process is not None
         places = []
         for record in batch.records:
+            assert self._place is not None
             folder, _, name = (file_name := self._place(record)).rpartition("/")
             places.append((file_name, f"{folder}/{temporary_name(name)}"))
         if all(lease.made for lease in self.leases.values()):
@@ -184,39 +186,42 @@ class Worker:
         if kind == "ready":
             self._ready(message)
         elif kind == "said":
-            self._say(f"{self.name}: {_text(message['text'])}")
+            self._say(f"{self.name}: {wire.text(message['text'])}")
         elif kind == "warmed":
-            key, seconds = _key(message["key"]), _seconds(message["seconds"])
-            self._warm.add(key)
-            self._deadlines.warmed(key, seconds)
-            self.facts.warm_up_s += seconds
+            key = ShapeKey(*map(wire.whole, message["key"]))
+            seconds, attention = wire.seconds(message["seconds"]), wire.text(message["attention"])
+            one = WarmUp(key, seconds, wire.whole(message["graphs"]), wire.whole(message["misses"]), attention)
+            self._warm.add(one.key)
+            self._deadlines.warmed(one.key, one.seconds)
+            self.facts.warm_up_s += one.seconds
+            self._report(one)
         elif kind == "made":
             self.leases[message["lease"]].made = True
         elif kind == "done":
             return self._done(message)
         elif kind == "failed":
             lease = self.leases[message["lease"]]
-            failed = Failed(lease.batch, _one_of(message["error"], _ERRORS), _text(message["message"]))
+            failed = Failed(lease.batch, wire.one_of(message["error"], _ERRORS), wire.text(message["message"]))
             if message["error"] == "out_of_memory":
-                self._limits[lease.batch.key._replace(batch_size=0)] = max(1, _whole(message["limit"]))
+                self._limits[lease.batch.key._replace(batch_size=0)] = max(1, wire.whole(message["limit"]))
             del self.leases[message["lease"]]
             return failed
         elif kind == "ending":
             disk = message["disk"]
-            about = None if disk is None else (_whole(disk[0]), _text(disk[1]), _text(disk[2]))
-            raise LastWords(_text(message["message"]), _one_of(message["fault"], _FAULTS), about)
+            about = None if disk is None else (wire.whole(disk[0]), wire.text(disk[1]), wire.text(disk[2]))
+            raise LastWords(wire.text(message["message"]), wire.one_of(message["fault"], _FAULTS), about)
         else:
             raise Garbage(f"a message of kind {printable_line(kind)[:50]}")
         return None
 
     def _ready(self, message: Message) -> None:
-        version = _text(message["version"])
+        version = wire.text(message["version"])
         if version != __version__:
             raise FluxcliError(
                 f"{self.name} runs fluxcli {version}, this job {__version__}: it was installed anew meanwhile. "
                 "Nothing committed is lost; run again to go on"
             )
-        self.facts.device = _text(message["device"])
+        self.facts.device = wire.text(message["device"])
         self.begun = time.monotonic()
         self.first_begun = self.first_begun or self.begun
         self._deadlines.started(self.begun - self._started)
@@ -225,7 +230,7 @@ class Worker:
     def _done(self, message: Message) -> Made:
         lease = self.leases[message["lease"]]
         batch = lease.batch
-        timing = Timing(*(_seconds(value) for value in message["timing"]))
+        timing = Timing(*(wire.seconds(value) for value in message["timing"]))
         if len(message["saved"]) != len(batch.records):
             raise ValueError("not as many images as were asked for")
         saved = [self._saved(batch, lease, slot, each) for slot, each in enumerate(message["saved"])]
@@ -242,7 +247,8 @@ class Worker:
         """An image that is where it was to go, as large and as old as the worker says."""
         record = batch.records[slot]
         if "error" in told:
-            return Failure(record.id, record.line, _one_of(told["error"], _ERRORS), _text(told["message"]))
+            return Failure(record.id, record.line, wire.one_of(told["error"], _ERRORS), wire.text(told["message"]))
+        assert self._sink is not None
         file_name, temporary = lease.places[slot]
         if not _SHA256(told["sha256"]):
             raise ValueError("no SHA-256")
@@ -253,7 +259,7 @@ class Worker:
         if (there.st_size, there.st_mtime_ns) != (told["size"], nanoseconds(told["finished_at"])):
             raise ValueError("an image that is another")
         image = Written(temporary, file_name, told["sha256"], told["finished_at"])
-        return Saved(image, _seconds(told["seconds"]), bool(told["comment_truncated"]))
+        return Saved(image, wire.seconds(told["seconds"]), bool(told["comment_truncated"]))
 
 
 _ERRORS = ("out_of_memory", "engine_error", "non_finite", "encode_error")
@@ -266,31 +272,3 @@ def _plain(record: PromptRecord) -> list[Any]:
         *(record.id, record.prompt, record.seed, record.width, record.height, record.num_inference_steps),
         *(record.guidance_scale, record.line, {}, record.text_tokens, record.text_length),
     ]
-
-
-def _key(value: Any) -> ShapeKey:
-    return ShapeKey(*(_whole(each) for each in value))
-
-
-def _whole(value: Any) -> int:
-    if type(value) is not int or not 0 <= value < 2**63:
-        raise ValueError(f"no whole number: {value!r}"[:100])
-    return value
-
-
-def _seconds(value: Any) -> float:
-    if not isinstance(value, int | float) or not 0 <= value < 1e9:
-        raise ValueError(f"no time: {value!r}"[:100])
-    return float(value)
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"no text: {value!r}"[:100])
-    return value[:_LONGEST]
-
-
-def _one_of(value: Any, known: tuple[str, ...]) -> str:
-    if value not in known:
-        raise ValueError(f"none of {', '.join(known)}")
-    return str(value)

@@ -123,12 +123,15 @@ class LocalLane(Generic[Place]):
     ) -> None:
         self._writer.close()
 
-    def warm_up(self, keys: Iterable[ShapeKey]) -> None:
+    def warm_up(self, keys: Iterable[ShapeKey]) -> list[WarmUp]:
+        """Those that fit in memory, made ready."""
+        ready = []
         for key in keys:
             try:
-                self._engine.warm_up([key], self._report)
+                ready += self._engine.warm_up([key], self._report)
             except OutOfMemory as error:
                 self._halve(key, error)
+        return ready
 
     def queue(self, plan: Plan) -> Queue:
         return InOrder(plan)

@@ -49,6 +49,8 @@ class Engine(SeedEngine):
         if log := self._settings.get("log"):
             with open(log, "a") as file:
                 file.writelines(f"{sys.argv[1]} {key}\n" for key in keys)
+        if self._settings.get("deadly") in map(str, keys):
+            die()
         return super().warm_up(keys, report)
 
     def submit(self, batch: Batch) -> Landed:
