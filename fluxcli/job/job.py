@@ -192,7 +192,10 @@ class Job:
                 return self._own_lane(engines, run, saver, progress)
 
             with runner.prepare(lanes) as ready, signals.held():
-                runner.run(ready)
+                try:
+                    runner.run(ready)
+                finally:
+                    progress.end()
 
     def _own_lane(
         self, make_engine: Callable[[list[ShapeKey]], Engine], run: Run, saver: Saver, progress: Progress

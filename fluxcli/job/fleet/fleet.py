@@ -168,8 +168,8 @@ class Fleet:
 
     def pulse(self) -> str:
         """How the workers are, in a few words."""
-        now = time.monotonic()
-        rates = [worker.facts.images / worker.seconds(now) for worker in self._workers if worker.begun]
+        now = self._stopped_at or time.monotonic()
+        rates = [worker.facts.images / worker.seconds(now) for worker in self._workers if worker.first_begun]
         each = f", {min(rates):.2f} to {max(rates):.2f} images/s each" if rates else ""
         replaced = sum(worker.facts.starts - 1 for worker in self._workers)
         return f"{len(rates)} workers{each}" + (f", {replaced} replaced" if replaced else "")

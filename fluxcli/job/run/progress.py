@@ -51,6 +51,11 @@ class Progress:
             self._last_line = self._clock()
             self.say(self._line())
 
+    def end(self) -> None:
+        """A last word about workers, if there were any."""
+        if self.pulse:
+            self.say(self.pulse())
+
     def say(self, text: str) -> None:
         """A line of text beside the bar."""
         text = printable(text)
