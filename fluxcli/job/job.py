@@ -188,7 +188,7 @@ class Job:
 
             def lanes() -> Lanes:
                 if isinstance(engines, Workers):
-                    return self._fleet(engines, run, saver, progress)
+                    return self._fleet(engines, len(todo), run, saver, progress)
                 return self._own_lane(engines, run, saver, progress)
 
             with runner.prepare(lanes) as ready, signals.held():
@@ -206,9 +206,9 @@ class Job:
         lane.warm_up(run.shapes)
         return lane
 
-    def _fleet(self, workers: Workers, run: Run, saver: Saver, progress: Progress) -> Lanes:
+    def _fleet(self, workers: Workers, batches: int, run: Run, saver: Saver, progress: Progress) -> Lanes:
         destination = Destination(run.store, self.image, self.checkpoint.label, saver.place)
-        fleet = Fleet(workers, run.shapes, destination, progress.say)
+        fleet = Fleet(workers.first(batches), run.shapes, destination, progress.say)
         run.workers, progress.pulse = fleet.describe, fleet.pulse
         return fleet
 

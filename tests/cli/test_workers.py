@@ -46,6 +46,7 @@ def test_workers_make_what_one_process_makes(inside: Callable[..., Result], tmp_
     assert inside("batch", "in.jsonl", "-o", "two", *SMALL).returncode == 0  # in one process: the same job
 
 
+@pytest.mark.slow
 def test_warmup_on_several_processes(inside: Callable[..., Result], tmp_path: Path) -> None:
     words = ("-m", "tiny", "--size", "64x64", "--size", "64x80", "--text-lengths", "64", "--json")
     done = inside("warmup", *words, "--workers", 2)

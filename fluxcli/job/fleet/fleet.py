@@ -8,7 +8,7 @@ import os
 import selectors
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -46,6 +46,10 @@ class Workers:
     names: Sequence[str]
     environments: Sequence[Mapping[str, str]]
     patience: Patience = field(default_factory=Patience)
+
+    def first(self, number: int) -> "Workers":
+        """No more of them than there is work for."""
+        return replace(self, names=self.names[:number], environments=self.environments[:number])
 
 
 @dataclass(frozen=True)

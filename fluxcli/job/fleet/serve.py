@@ -98,7 +98,7 @@ class _Server:
                     if message["kind"] == "stop":
                         self._stopped.set()
                     self._inbox.put(message)
-        except EOFError:
+        finally:
             os._exit(1)  # the job is gone; what is half made is litter, which its next start clears away
 
     def _work(self, lane: LocalLane[tuple[str, str]]) -> None:

@@ -27,7 +27,7 @@ def warm_up(
         ready.append(one)
         report(one)
 
-    with Fleet(workers, keys, None, say, told) as fleet:
+    with Fleet(workers.first(len(keys)), keys, None, say, told) as fleet:
         index = 0
         while waiting or fleet.busy:
             for lane in fleet.free():

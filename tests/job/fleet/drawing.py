@@ -27,7 +27,7 @@ from fluxcli.job.fleet.serve import serve
 from fluxcli.job.output.sink import FileSink, Written
 from tests.job.harness import Flight, SeedEngine
 
-PATIENCE = 1.0  # seconds, of the tests with a worker that hangs
+PATIENCE = 0.5  # seconds, of the tests with a worker that hangs
 
 
 class Landed(Flight):
@@ -55,6 +55,10 @@ class Engine(SeedEngine):
 
     def submit(self, batch: Batch) -> Landed:
         time.sleep(self._settings.get("seconds", 0.0))
+        while starts := self._settings.get("starts"):
+            if Path(starts).exists() and len(Path(starts).read_text()) == 3:
+                break
+            time.sleep(0.01)
         if self._settings.get("blank"):
             count, one = len(batch.records), batch.records[0]
             pixels = np.zeros((count, one.height, one.width, 3), np.uint8)
@@ -158,6 +162,8 @@ def engine(settings: dict[str, Any], shapes: list[ShapeKey], say: Any) -> tuple[
     if start == "hang":
         time.sleep(600)
     if start == f"broken {sys.argv[1]}":
+        with open(settings["starts"], "a") as file:
+            file.write("x")
         raise DeviceError("this GPU is broken")
     return Engine(settings), "seed"
 

@@ -46,28 +46,36 @@ def test_several_workers_make_what_one_process_makes(tmp_path: Path) -> None:
     assert "workers" not in read_rows(tmp_path / "one" / "runs.jsonl")[0]
 
 
+def test_no_more_workers_are_started_than_there_are_batches(undisturbed, tmp_path) -> None:
+    rows, pids = fleets.write_rows(tmp_path / "rows.jsonl", PROMPTS[:5]), tmp_path / "pids"
+    assert fleets.run(rows, tmp_path / "job", fleets.fleet(8, pids=str(pids))) == 0
+    (run,) = read_rows(tmp_path / "job" / "runs.jsonl")
+    assert len(run["workers"]) == 2 and len(pids.read_text().split()) <= 2
+
+
 @pytest.mark.parametrize("how", ["die", "fail", "freeze", "babble", "flood", "boast", "lie"])
 def test_a_worker_that_misbehaves_is_replaced_and_costs_nothing(how: str, undisturbed, tmp_path, capsys) -> None:
     """Boasting is of another's batch, lying of images that are not there."""
     rows = fleets.write_rows(tmp_path / "rows.jsonl", PROMPTS)
     (tmp_path / "once").touch()
-    workers = fleets.fleet(2, SHORT, how=how, at="p5", once=str(tmp_path / "once"), seconds=0.01)
+    patience = SHORT if how == "freeze" else None
+    workers = fleets.fleet(2, patience, how=how, at="p5", once=str(tmp_path / "once"), seconds=0.01)
     assert fleets.run(rows, tmp_path / "job", workers) == 0
     fleets.check(tmp_path / "job", undisturbed)
     (run,) = read_rows(tmp_path / "job" / "runs.jsonl")
-    assert sum(worker["deaths"] for worker in run["workers"]) == 1
-    assert sum(worker["starts"] for worker in run["workers"]) == 3
+    deaths, starts = (sum(worker[name] for worker in run["workers"]) for name in ("deaths", "starts"))
+    assert starts == 2 + deaths and (deaths == 1 or how == "freeze")  # on a busy machine others are slow too
     reason = {
         "die": "killed by SIGKILL",
         "fail": "the device failed at 4 x 64x64",
-        "freeze": "gave no answer for 1 s",
+        "freeze": "gave no answer for ",
         "babble": "sent no JSON",
         "flood": "sent a message of 4294967295 bytes",
         "boast": "sent a message that cannot be meant",
         "lie": "sent a message that cannot be meant: an image that is not there",
     }[how]
     told = [line for line in capsys.readouterr().err.splitlines() if line.endswith("; starting another")]
-    assert len(told) == 1 and reason in told[0]
+    assert len(told) == deaths and reason in told[0]
 
 
 def test_what_a_ghost_writes_too_late_is_litter(undisturbed, tmp_path, monkeypatch) -> None:
@@ -132,7 +140,7 @@ def test_workers_that_cannot_start_stop_the_job_in_their_own_words(start: str, w
 
 def test_one_broken_device_costs_no_other_its_work(undisturbed, tmp_path, capsys) -> None:
     rows = fleets.write_rows(tmp_path / "rows.jsonl", PROMPTS)
-    workers = fleets.fleet(2, start="broken 1", seconds=0.5)
+    workers = fleets.fleet(2, start="broken 1", starts=str(tmp_path / "starts"), seconds=0.1)
     assert fleets.run(rows, tmp_path / "job", workers) == 0
     fleets.check(tmp_path / "job", undisturbed)
     told = "worker 1: this GPU is broken; 3 starts in a row finished no batch, so the others go on without it"
@@ -164,7 +172,9 @@ def test_workers_of_a_job_that_was_killed_leave_and_the_next_goes_on(undisturbed
     fleets.check(tmp_path / "job", undisturbed)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_a_terminals_ctrl_c_commits_what_is_begun(number: signal.Signals, code: int, tmp_path) -> None:
     rows, pids = fleets.write_rows(tmp_path / "rows.jsonl", PROMPTS * 3), tmp_path / "pids"
 

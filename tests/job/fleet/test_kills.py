@@ -12,7 +12,7 @@ from tests.conftest import read_rows
 from tests.job import harness
 from tests.job.fleet import fleets
 
-ROWS = 120
+ROWS = 60
 WORKERS = 3
 
 
@@ -61,6 +61,7 @@ def finish(rows: Path, directory: Path, pids: Path, expected: dict) -> int:
     return convicted
 
 
+@pytest.mark.slow
 def test_some_workers_killed_at_random_moments(undisturbed, tmp_path) -> None:
     rows, expected = undisturbed
     code, kills = killed(rows, tmp_path / "job", tmp_path / "pids", random.Random(3), 0.0)
