@@ -177,7 +177,7 @@ class Worker:
         """
         try:
             told = self._hear(message)
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise Garbage(f"a message that cannot be meant: {printable_line(str(error))[:100]}") from error
         self._heard = time.monotonic()
         return told
