@@ -193,12 +193,14 @@ class Fleet:
         """Takes in what there is, or comes within a moment, and ends who is silent for too long."""
         for worker in self._running():
             self._watch(worker)
+        # Before they are heard: this process may have been stopped for hours, and they not.
+        now = time.monotonic()
         for key, _ in self._selector.select(_WAIT):
             if self._selector.get_map().get(key.fd) is key:  # else it was ended by what came before
                 key.data()
         for worker in self._running():
-            if worker.silence > worker.patience:
-                self._lose(worker, f"gave no answer for {worker.silence:.0f} s")
+            if (silence := worker.silence(now)) > worker.patience:
+                self._lose(worker, f"gave no answer for {silence:.0f} s")
 
     def _watch(self, worker: Worker) -> None:
         assert worker.process is not None

@@ -151,10 +151,9 @@ class Worker:
         """Since it was first ready; not quite none before that."""
         return max(now - self.first_begun, 1e-9) if self.first_begun else math.inf
 
-    @property
-    def silence(self) -> float:
+    def silence(self, now: float) -> float:
         """Seconds since it was last heard, or had something to say."""
-        return time.monotonic() - self._heard
+        return now - self._heard
 
     @property
     def patience(self) -> float:

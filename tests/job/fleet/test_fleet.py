@@ -196,6 +196,21 @@ def test_a_terminals_ctrl_c_commits_what_is_begun(number: signal.Signals, code: 
     fleets.check(tmp_path / "job", fleets.alone(rows, tmp_path / "one"))
 
 
+@pytest.mark.slow
+def test_a_job_that_was_stopped_for_long_takes_no_worker_for_hung(undisturbed, tmp_path) -> None:
+    rows = fleets.write_rows(tmp_path / "rows.jsonl", PROMPTS)
+    workers = fleets.fleet(2, Patience(start=60.0, warm_up=2.0, batch=2.0, times=0.0), seconds=0.2)
+    child = started(lambda: os._exit(fleets.run(rows, tmp_path / "job", workers)))
+    wait_for(lambda: bool(harness.manifest(tmp_path / "job")))
+    os.kill(child, signal.SIGSTOP)
+    time.sleep(5.0)
+    os.kill(child, signal.SIGCONT)
+    assert ended(child) == 0
+    fleets.check(tmp_path / "job", undisturbed)
+    (run,) = read_rows(tmp_path / "job" / "runs.jsonl")
+    assert sum(worker["deaths"] for worker in run["workers"]) == 0
+
+
 def started(work) -> int:
     child = os.fork()
     if child == 0:
