@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from fluxcli.core.config import EngineConfig
+    from fluxcli.core.records import ShapeKey
     from fluxcli.core.step_cache import StepCache
     from fluxcli.engine.engine import Engine
     from fluxcli.models.checkpoints import Checkpoint
@@ -138,6 +139,8 @@ class Job:
     strict: bool = False
     max_failures: int | None = None
     retry_failed: bool = True
+    gpus: "Literal['all'] | int | Sequence[int] | None" = None
+    workers: int | None = None
 
     def run(self, say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
         """Does what is missing, and returns what `fluxcli batch --json` prints.
@@ -151,14 +154,19 @@ class Job:
         Raises:
             FluxcliError: nothing more can be done; what was committed stays.
         """
+        from fluxcli import worker
         from fluxcli.engine.engine import Engine
-        from fluxcli.engine.runtime import device
+        from fluxcli.engine.runtime import device as devices
         from fluxcli.job import job
 
         _one_of("format", self.format, config.FORMATS)
         _between("quality", self.quality, 100)
         _between("batch_size", self.batch_size, config.MOST_IMAGES)
-        machine = (self.device, self.dtype, self.compile, self.attention, self.quantization, self.step_cache)
+        if self.workers is not None:
+            _between("workers", self.workers, config.MOST_WORKERS)
+        several = worker.processes(_gpus(self.gpus), self.workers, self.device)
+        device = self.device if several is None else several.device
+        machine = (device, self.dtype, self.compile, self.attention, self.quantization, self.step_cache)
         checkpoint, engine, cache = _settled(self.model, self.revision, *machine)
         made = job.Job(
             os.fspath(self.input),
@@ -174,7 +182,12 @@ class Job:
             max_failures=self.max_failures,
             retry_failed=self.retry_failed,
         )
-        status, totals = made.run(lambda shapes: Engine(checkpoint, engine, shapes), device.machine(engine), say)
+
+        def own(shapes: "Sequence[ShapeKey]") -> Engine:
+            return Engine(checkpoint, engine, shapes)
+
+        engines = own if several is None else several.workers(checkpoint, engine)
+        status, totals = made.run(engines, devices.machine(engine), say)
         return {"directory": str(made.directory), **totals, "exit_status": status}
 
 
@@ -230,6 +243,16 @@ def _buckets(text_lengths: Sequence[int]) -> tuple[int, ...]:
     for length in text_lengths:
         _between("text_lengths", length, config.MAX_TEXT_LENGTH)
     return tuple(sorted(set(text_lengths)))
+
+
+def _gpus(gpus: "str | int | Sequence[int] | None") -> "str | int | Sequence[int] | None":
+    if gpus is None or gpus == "all":
+        return gpus
+    several = [gpus] if isinstance(gpus, int) else [*gpus]
+    least = 1 if isinstance(gpus, int) else 0
+    if not several or any(type(gpu) is not int or gpu < least for gpu in several) or len({*several}) < len(several):
+        raise UsageError(f'gpus must be "all", a number from 1, or different GPUs like [0, 2], got {gpus!r}')
+    return gpus if isinstance(gpus, int) else several
 
 
 def _one_of(name: str, value: str, known: Sequence[str]) -> None:

@@ -91,7 +91,14 @@ def test_a_job_runs_resumes_and_tells_what_it_did(tmp_path: Path) -> None:
         other.run()
 
 
-@pytest.mark.parametrize("given", [{"format": "gif"}, {"quality": 0}, {"batch_size": 0}, {"width": 100}])
+@pytest.mark.parametrize(
+    "given",
+    [
+        *({"format": "gif"}, {"quality": 0}, {"batch_size": 0}, {"width": 100}, {"workers": 0}, {"workers": 1.5}),
+        *({"gpus": 0}, {"gpus": []}, {"gpus": [1, 1]}, {"gpus": [-1]}, {"gpus": "some"}, {"gpus": True}),
+        {"gpus": 1, "workers": 1},
+    ],
+)
 def test_a_job_that_cannot_be_meant_makes_no_directory(tmp_path: Path, given: dict[str, Any]) -> None:
     write_rows(tmp_path / "in.jsonl", [{"prompt": "a"}])
     with pytest.raises(fluxcli.FluxcliError, match=next(iter(given))):

@@ -14,14 +14,14 @@ import fluxcli
 ROOT = Path(fluxcli.__file__).parent
 # Every room, each above all that it may import. The two wings are apart, and above what both stand on.
 GROUND = ("core", "models.flux1", "models")
-JOB = ("job.output", "job.plan", "job.input", "job.run", "job.report", "job.single", "job.job")
+JOB = ("job.output", "job.plan", "job.input", "job.run", "job.fleet", "job.report", "job.single", "job.job")
 ENGINE = (
     "engine.denoise", "engine.runtime", "engine.flight", "engine.attention", "engine.matmul",
     "engine.layers", "engine.nets", "engine.step_cache", "engine.weights", "engine.text", "engine.vae", "engine.lpips",
     "engine.memory",
     "engine.engine",
 )  # fmt: skip
-TOP = ("api", "bench", "cli", "__main__")
+TOP = ("worker", "api", "bench", "cli", "__main__")
 ROOMS = (*GROUND, *JOB, *ENGINE, *TOP)
 
 

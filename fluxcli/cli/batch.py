@@ -1,6 +1,7 @@
 """`fluxcli batch`."""
 
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from fluxcli.cli.options import (
     Files,
     Input,
     Machine,
+    Processes,
     Rows,
     _read_config,
     batch_size_option,
@@ -19,6 +21,7 @@ from fluxcli.cli.options import (
     input_options,
     json_output,
     machine_options,
+    process_options,
     row_options,
     step_cache_option,
     text_lengths_option,
@@ -59,6 +62,7 @@ from fluxcli.core import config
 @step_cache_option
 @text_lengths_option
 @machine_options
+@process_options
 @json_output
 @verbosity
 @click.pass_context
@@ -80,6 +84,7 @@ def batch(
     step_cache: str,
     text_lengths: tuple[int, ...],
     machine: Machine,
+    processes: Processes,
     as_json: bool,
 ) -> None:
     """Run a job: every row of INPUT becomes an image.
@@ -94,7 +99,12 @@ def batch(
     from fluxcli.job.input.read import job_name
     from fluxcli.job.job import Job
     from fluxcli.job.report import text as report
+    from fluxcli.job.report.forecast import forecast
+    from fluxcli.worker import processes as chosen_processes
 
+    several = chosen_processes(processes.gpus, processes.workers, machine.device)
+    if several is not None:
+        machine = replace(machine, device=several.device)
     checkpoint, engine_config, defaults = settings(machine, rows, strict, step_cache)
     job = Job(
         input,
@@ -121,6 +131,8 @@ def batch(
         with closing(job.source(say)) as source:
             intake, plan = job.preview(source, say)
         data = report.plan_data(intake, plan)
+        data["workers"] = len(several.names) if several else 1
+        data["forecast"] = forecast(job.directory, intake.groups, data["workers"])
         if as_json:
             click.echo(json_text({"directory": str(job.directory), **data}))
         else:
@@ -136,7 +148,8 @@ def batch(
         if as_json:
             click.echo(json_text({"directory": str(job.directory), **totals, "exit_status": status}))
 
-    make = partial(load_engine, checkpoint, engine_config)
-    status, totals = job.run(make, device.machine(engine_config), say, tell)
+    own = partial(load_engine, checkpoint, engine_config)
+    engines = own if several is None else several.workers(checkpoint, engine_config)
+    status, totals = job.run(engines, device.machine(engine_config), say, tell)
     tell(status, totals)
     ctx.exit(status)

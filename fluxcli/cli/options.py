@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fluxcli.cli.types import BatchSize, Device, Finite, Numbers, Side
+from fluxcli.cli.types import BatchSize, Device, Finite, Gpus, Numbers, Side
 from fluxcli.core import config
 
 if TYPE_CHECKING:
@@ -81,6 +81,14 @@ class Files:
 
     format: str
     quality: int
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Where a job runs; this process where neither is given."""
+
+    gpus: str | int | list[int] | None
+    workers: int | None
 
 
 def _group(name: str, kind: type[Any], *options: Decorator) -> Decorator:
@@ -208,6 +216,22 @@ step_cache_option = click.option(
     show_default=True,
     help="Reuse what the blocks added in some steps: about 1.6, 2.1 or 2.8 times faster, for other pixels. FILE: a "
     "model's own, by fluxcli calibrate. MASK: a 1 for each step that is evaluated, a 0 for each other.",
+)
+process_options = _group(
+    "processes",
+    Processes,
+    click.option(
+        "--gpus",
+        type=Gpus(),
+        help="Run on several GPUs of this machine, a worker process each: all of them, the first N, or those named.  "
+        "[default: one, in this process]",
+    ),
+    click.option(
+        "--workers",
+        type=click.IntRange(1, config.MOST_WORKERS),
+        metavar="N",
+        help="On a CPU, run in N worker processes.  [default: in this process]",
+    ),
 )
 batch_size_option = click.option(
     "--batch-size",

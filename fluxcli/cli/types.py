@@ -72,6 +72,29 @@ class Device(_Type):
         return device
 
 
+class Gpus(_Type):
+    """ "all", how many, or which."""
+
+    name = "all|N|N,N,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str | int | list[int]:
+        listed = isinstance(value, list | tuple)
+        parts = [str(part).strip() for part in (value if listed else str(value).split(","))]
+        if parts == ["all"]:
+            return "all"
+        if not parts or not all(part.isdecimal() and part.isascii() and len(part) < 6 for part in parts):
+            self.fail(f"{value!r} is neither all, a number of GPUs, nor a list of them like 0,2,5", param, ctx)
+        gpus = [int(part) for part in parts]
+        if len(gpus) == 1 and not listed:
+            if not gpus[0]:
+                self.fail("0 GPUs make no image; for GPU 0 alone say 1", param, ctx)
+            return gpus[0]
+        twice = next((gpu for gpu in gpus if gpus.count(gpu) > 1), None)
+        if twice is not None:
+            self.fail(f"GPU {twice} is named twice", param, ctx)
+        return gpus
+
+
 class BatchSize(_Type):
     name = "N|auto"
 

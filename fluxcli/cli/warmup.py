@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -12,12 +13,14 @@ from fluxcli.cli.options import (
     FILE,
     Input,
     Machine,
+    Processes,
     Rows,
     batch_size_option,
     example,
     input_options,
     json_output,
     machine_options,
+    process_options,
     row_options,
     step_cache_option,
     text_lengths_option,
@@ -61,6 +64,7 @@ from fluxcli.core import config
 @step_cache_option
 @text_lengths_option
 @machine_options
+@process_options
 @json_output
 @verbosity
 def warmup(
@@ -75,6 +79,7 @@ def warmup(
     step_cache: str,
     text_lengths: tuple[int, ...],
     machine: Machine,
+    processes: Processes,
     as_json: bool,
 ) -> None:
     """Compile and cache what the shapes of INPUT, or of the given sizes, need.
@@ -83,14 +88,19 @@ def warmup(
     """
     from fluxcli.core.records import Group, ShapeKey, WarmUp
     from fluxcli.engine.runtime import cache_archive, compile_cache, sealed
+    from fluxcli.job.fleet.warming import warm_up
     from fluxcli.job.input.keys import Columns
     from fluxcli.job.job import Job
     from fluxcli.job.plan import size_of
+    from fluxcli.worker import processes as chosen_processes
 
     if input is not None and sizes:
         raise click.UsageError("give INPUT or --size, not both")
     if key is not None and export is None and import_ is None:
         raise click.UsageError("--key goes with --export or --import")
+    several = chosen_processes(processes.gpus, processes.workers, machine.device)
+    if several is not None:
+        machine = replace(machine, device=several.device)
     checkpoint, engine_config, defaults = settings(machine, rows, step_cache=step_cache)
     if export is not None:
         cache_archive.check_export(export)
@@ -121,12 +131,14 @@ def warmup(
         wanted = [ShapeKey(size_of(sizes_of, group), group.height, group.width, group.text_length) for group in groups]
         keys = sorted(wanted, key=lambda key: (key.tokens(), key), reverse=True)
     start = time.perf_counter()
-    engine = load_engine(checkpoint, engine_config, keys)
 
     def tell(one: WarmUp) -> None:
         say(f"{one.key}: {one.seconds:.2f} s, {one.state}, {one.attention} attention")
 
-    shapes = engine.warm_up(keys, tell)
+    if several is None:
+        shapes = load_engine(checkpoint, engine_config, keys).warm_up(keys, tell)
+    else:
+        shapes = warm_up(several.workers(checkpoint, engine_config), keys, tell, say)
     seconds = time.perf_counter() - start
     say(f"{len(shapes)} shapes in {seconds:.1f} s with the model's loading; cache: {compile_cache.root()}")
     if export is not None:

@@ -11,6 +11,7 @@ MOST_IMAGES = 1024  # in a batch
 DTYPES = ("bfloat16", "float16", "float32")
 QUANTIZATION = ("none", "fp8")
 ATTENTION = ("cudnn", "fa4", "fa3", "fa2", "sdpa")
+MOST_WORKERS = 256  # processes of a job on a CPU
 MAX_STEPS = 1000  # denoising steps that a row may ask for
 FORMATS = ("png", "jpg", "webp")
 

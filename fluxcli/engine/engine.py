@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -65,7 +66,9 @@ class Engine:
         # sixteenth, so that an image would depend on how many are summed up beside it; a CPU gains nothing from that.
         self._singly = config.fp8 and not self._cuda
         self._cache = CompileCache(checkpoint, config)
-        self._tuner = Tuner(self._device, self._cache.read(_CHOICES) if self._cuda else None)
+        self._tuner = Tuner(self._device)
+        if self._cuda:
+            self._tuner = Tuner(self._device, self._cache.read(_CHOICES), partial(self._cache.settled, _CHOICES))
         if self._cuda:
             torch.cuda.set_device(self._device)
             self._copies = torch.cuda.Stream()

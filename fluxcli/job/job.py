@@ -14,6 +14,7 @@ from fluxcli.core.config import EngineConfig, ImageFormat, RowDefaults
 from fluxcli.core.errors import InputError, JobError
 from fluxcli.core.files import folds_case
 from fluxcli.core.records import ShapeKey
+from fluxcli.job.fleet.fleet import Destination, Fleet, Workers
 from fluxcli.job.input.intake import Intake, Status, take_in
 from fluxcli.job.input.keys import NO_COLUMNS, Columns
 from fluxcli.job.input.read import Format, PromptFile
@@ -25,12 +26,13 @@ from fluxcli.job.output.store import JobStore
 from fluxcli.job.plan import BatchSize, Plan, padded_sizes, plan, size_of, work
 from fluxcli.job.report import text as report
 from fluxcli.job.run import signals
-from fluxcli.job.run.lanes import Engine
+from fluxcli.job.run.lanes import ENCODERS, Engine, Lanes, LocalLane
 from fluxcli.job.run.progress import Progress, Reading, told_if_slow
 from fluxcli.job.run.runner import Runner
 from fluxcli.job.run.saving import Saver
 from fluxcli.job.run.signals import Stopped
 from fluxcli.job.run.totals import Run, Totals
+from fluxcli.job.run.writing import Writer
 from fluxcli.models.checkpoints import Checkpoint
 from fluxcli.models.tokenizers import Tokenizers
 
@@ -123,7 +125,7 @@ class Job:
 
     def run(
         self,
-        make_engine: Callable[[list[ShapeKey]], Engine],
+        engines: Callable[[list[ShapeKey]], Engine] | Workers,
         machine: dict[str, Any],
         say: Callable[[str], None],
         tell: Callable[[int, dict[str, Any]], None] = lambda status, totals: None,
@@ -131,7 +133,7 @@ class Job:
         """Does what is missing. Returns the exit code and the run's totals.
 
         Args:
-            make_engine: given every shape that it will have to run.
+            engines: what makes this process's, given every shape that it will have to run; or worker processes.
             machine: device, dtype and versions for runs.jsonl.
             tell: given what would be returned, where a signal ends the process before anything is in flight.
 
@@ -165,7 +167,7 @@ class Job:
                         totals.rows, totals.done_before, totals.skipped = intake.rows, intake.done, intake.skipped
                         for line in (*report.remark_lines(intake.tally), *report.failure_lines(intake.failures)):
                             say(line)
-                        self._make(run, intake, make_engine)
+                        self._make(run, intake, engines)
                         status = 3 if totals.failures or totals.skipped else 0
                     except Stopped as stopped:
                         status = stopped.exit_code
@@ -175,20 +177,43 @@ class Job:
                             run.record(status)
         return status, report.totals_data(run.totals)
 
-    def _make(self, run: Run, intake: Intake, make_engine: Callable[[list[ShapeKey]], Engine]) -> None:
+    def _make(self, run: Run, intake: Intake, engines: Callable[[list[ShapeKey]], Engine] | Workers) -> None:
         todo = self.plan(intake)
         run.planned, run.shapes = len(intake.groups), todo.shapes()
         cost = cache(partial(work, step_cache=self.defaults.step_cache))
         with Progress(len(intake.groups), sum(map(cost, intake.groups))) as progress:
-            saver = Saver(run, self.image, self.checkpoint.label, progress, self.max_failures, cost)
+            saver = Saver(run, progress, self.max_failures, cost)
             with signals.held():
                 saver.fail(intake.failures, attempted=False)
             if not len(todo):
                 return
             runner = Runner(run, intake, todo, saver, progress)
-            lane = runner.prepare(lambda: make_engine(todo.shapes()))
-            with signals.held():
-                runner.run(lane)
+
+            def lanes() -> Lanes:
+                if isinstance(engines, Workers):
+                    return self._fleet(engines, len(todo), run, saver, progress)
+                return self._own_lane(engines, run, saver, progress)
+
+            with runner.prepare(lanes) as ready, signals.held():
+                try:
+                    runner.run(ready)
+                finally:
+                    progress.end()
+
+    def _own_lane(
+        self, make_engine: Callable[[list[ShapeKey]], Engine], run: Run, saver: Saver, progress: Progress
+    ) -> Lanes:
+        engine = make_engine([*run.shapes])
+        writer = Writer(self.image, self.checkpoint.label, run.store.write, ENCODERS)
+        lane = LocalLane(engine, writer, saver.place, progress.say)
+        lane.warm_up(run.shapes)
+        return lane
+
+    def _fleet(self, workers: Workers, batches: int, run: Run, saver: Saver, progress: Progress) -> Lanes:
+        destination = Destination(run.store, self.image, self.checkpoint.label, saver.place)
+        fleet = Fleet(workers.first(batches), run.shapes, destination, progress.say)
+        run.workers, progress.pulse = fleet.describe, fleet.pulse
+        return fleet
 
     def _accepted(
         self,

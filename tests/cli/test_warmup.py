@@ -122,7 +122,7 @@ def test_a_cache_arrives_whole_elsewhere(exported: Path, key: Path, inside, tmp_
     expected = {"1x128x2x32": "sdpa", "2x128x2x32": "sdpa", "4x128x2x32": "fa4"}
     assert here.read("choices.json") == expected
     assert all(files(tmp_path / "here")[f"{package}/forward.o"] == package.encode() for package in SHARED)
-    assert len(files(tmp_path / "here")) == 5
+    assert len([name for name in files(tmp_path / "here") if not name.startswith("locks/")]) == 5
 
 
 def test_without_a_key_what_was_measured_travels_and_no_code(inside, tmp_path: Path, monkeypatch) -> None:

@@ -136,7 +136,7 @@ def essence(directory: Path) -> dict[str, Any]:
     """What must not depend on how often a job died: each id once, with its settings, hash and place."""
     rows = manifest(directory)
     told = {
-        row["id"]: {key: row[key] for key in row if key not in ("timing", "run", "finished_at", "batch")}
+        row["id"]: {key: row[key] for key in row if key not in ("timing", "run", "finished_at", "batch", "worker")}
         for row in rows
     }
     assert len(told) == len(rows), "an id stands in the manifest twice"

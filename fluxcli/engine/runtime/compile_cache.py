@@ -2,11 +2,15 @@
 under $FLUXCLI_CACHE, one folder per torch, CUDA, GPU and model architecture. It is code that runs here, so it is read
 only where no other user can write."""
 
+import fcntl
 import hashlib
 import json
 import os
 import re
+import zlib
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,6 +22,8 @@ from fluxcli.core.errors import CacheError
 from fluxcli.core.files import replacing
 from fluxcli.core.ownership import make_private, open_to_others
 from fluxcli.models.checkpoints import Checkpoint
+
+_SETTLING = 64  # locks, which all choices share: more processes than that seldom settle something at once
 
 
 class CompileCache:
@@ -61,8 +67,34 @@ class CompileCache:
         """Measured choices, into the file `name` of the folder; they replace those of the same keys."""
         self.check_private()
         self.directory.mkdir(parents=True, exist_ok=True)
-        with replacing(self.directory / name) as file:
+        with self._alone("writing"), replacing(self.directory / name) as file:
             file.write(json.dumps({**self.read(name), **choices}, indent=1).encode())
+
+    def settled(self, name: str, key: str, taken: Callable[[object], bool], find: Callable[[], str]) -> str:
+        """A choice of the file `name`: what another process put there, where that can be `taken`, else what is found
+        now. Of several processes that want one, one finds it and the others wait for that."""
+        self.check_private()
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with self._alone(f"settling-{zlib.crc32(key.encode()) % _SETTLING}"):
+            known = self.read(name).get(key)
+            if isinstance(known, str) and taken(known):
+                return known
+            found = find()
+            self.add(name, {key: found})
+            return found
+
+    @contextmanager
+    def _alone(self, what: str) -> Iterator[None]:
+        """Keeps other processes out of the same. On a disk without locks none is kept out, which costs a choice: it is
+        found again."""
+        make_private(locks := root() / "locks")
+        descriptor = os.open(locks / what, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            with suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
 
     def read(self, name: str) -> dict[str, Any]:
         """The choices in a file of the folder; none where it is not there."""

@@ -1,5 +1,6 @@
 """What "auto" means on this machine: device, dtype, and whether to compile."""
 
+import os
 from importlib import metadata
 from typing import Any
 
@@ -16,6 +17,16 @@ DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in config.
 
 def has_gpu() -> bool:
     return torch.cuda.is_available()
+
+
+def gpu_count() -> int:
+    return torch.cuda.device_count()
+
+
+def alone(gpu: int) -> dict[str, str]:
+    """The environment of a process that sees one GPU, this process's number `gpu`, and calls it cuda:0."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return {"CUDA_VISIBLE_DEVICES": str(gpu) if visible is None else visible.split(",")[gpu].strip()}
 
 
 def resolve(

@@ -7,6 +7,7 @@ while `tuning`. A table belongs to one engine; the compile cache keeps it for th
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING, TypeVar
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 Way = Callable[[], object]
+Settle = Callable[[str, Callable[[object], bool], Callable[[], str]], str]
 
 FAULTS = (torch.OutOfMemoryError, torch.AcceleratorError)  # the device's, which say nothing of the way that met them
 
@@ -36,10 +38,17 @@ class Tuner:
     Args:
         device: "cuda:N"; on a CPU nothing is ever timed.
         known: an earlier process's table.
+        settle: asked for a problem's way, given what tells whether one can be taken, and what times them: another
+            process may have timed it meanwhile. By default nobody has.
     """
 
-    def __init__(self, device: str, known: Mapping[str, object] | None = None) -> None:
-        self._device = device
+    def __init__(
+        self,
+        device: str,
+        known: Mapping[str, object] | None = None,
+        settle: Settle = lambda problem, taken, timed: timed(),
+    ) -> None:
+        self._device, self._settle = device, settle
         self._tuning = False
         self._told: set[str] = set()
         self.table = {problem: way for problem, way in (known or {}).items() if isinstance(way, str)}
@@ -71,7 +80,8 @@ class Tuner:
         sure = next(iter(ways))
         chosen = self.table.get(problem, "")
         if chosen not in ways and self._tuning:
-            chosen = self.table[problem] = self._timed(rehearsal() if rehearsal else ways)
+            timed = partial(self._timed, rehearsal or (lambda: ways))
+            chosen = self.table[problem] = self._settle(problem, ways.__contains__, timed)
         elif chosen not in ways:
             chosen = sure
         if chosen != sure:
@@ -84,8 +94,9 @@ class Tuner:
                 self.table[problem] = sure
         return ways[sure]()
 
-    def _timed(self, ways: Mapping[str, Way]) -> str:
+    def _timed(self, rehearsal: Callable[[], Mapping[str, Way]]) -> str:
         """The name of the fastest way."""
+        ways = rehearsal()
         if len(ways) == 1:
             return next(iter(ways))
         with aside():

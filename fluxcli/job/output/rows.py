@@ -137,6 +137,7 @@ class ManifestRow(Row):
     text_length: Annotated[int | None, _count] = None
     truncated: Annotated[bool | None, _bool] = None
     batch: Annotated[dict[str, Any] | None, _object] = None
+    worker: Annotated[int | None, _count] = None
     timing: Annotated[dict[str, Any] | None, _object] = None
     run: Annotated[int, _count]
     finished_at: Annotated[str, _moment]
@@ -183,6 +184,7 @@ class RunRow(Row):
     warm_up_s: Annotated[float | None, _number] = None
     stages_s: Annotated[dict[str, Any] | None, _object] = None
     images_per_s: Annotated[float | None, _number] = None
+    workers: Annotated[list[Any] | None, _of(list, "a list")] = None
     exit_status: Annotated[int | None, _or_null(_whole(-1000, 1000)), _NULL] = None
 
     @property

@@ -69,10 +69,10 @@ class FileSink:
     def path(self, file_name: str) -> Path:
         return self._directory / file_name
 
-    def put(self, file_name: str, data: bytes) -> Written:
-        """Puts an image beside its place, on disk for sure."""
+    def put(self, file_name: str, data: bytes, temporary: str | None = None) -> Written:
+        """Puts an image beside its place, on disk for sure; under the name that `temporary` has, if it is given."""
         folder, name = _split(file_name)
-        temporary, now = temporary_name(name), utc_now()
+        temporary, now = _split(temporary)[1] if temporary else temporary_name(name), utc_now()
         with self._folder(folder, make=True) as above, self._named(file_name):
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             descriptor = os.open(temporary, flags, 0o666, dir_fd=above)
@@ -98,6 +98,12 @@ class FileSink:
                         os.replace(old, new, src_dir_fd=above, dst_dir_fd=above)
                 with self._named(folder):
                     os.fsync(above)
+
+    def stat(self, name: str) -> os.stat_result:
+        """Of a file or a link itself."""
+        folder, own = _split(name)
+        with self._folder(folder) as above, self._named(name):
+            return os.lstat(own, dir_fd=above)
 
     def discard(self, name: str) -> None:
         """Removes a file or a link, or an empty directory, if it is there."""

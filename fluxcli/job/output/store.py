@@ -51,7 +51,7 @@ class JobStore:
         self._manifest = RowLog(directory / "manifest.jsonl", ManifestRow)
         self._failures = RowLog(directory / "failures.jsonl", FailureRow)
         self._runs = RowLog(directory / "runs.jsonl", RunRow)
-        self._sink = FileSink(directory, suffix)
+        self.sink = FileSink(directory, suffix)
         self._barred: JobError | None = None
         with self._writing():
             make_directories(directory)
@@ -64,7 +64,7 @@ class JobStore:
                 raise
 
     def close(self) -> None:
-        self._sink.close()
+        self.sink.close()
         self._lock.release()
 
     @cached_property
@@ -86,7 +86,7 @@ class JobStore:
 
     def place(self, id: str, number: int) -> str:
         """The file name of the `number`-th image of this run."""
-        return self._sink.place(id, self._rows_at_start + number)
+        return self.sink.place(id, self._rows_at_start + number)
 
     def write(self, file_name: str, data: bytes) -> Written:
         """Puts an image into its temporary file, on disk for sure. Safe to call from several threads."""
@@ -94,7 +94,7 @@ class JobStore:
             raise self._barred
         with self._writing():
             self._lock.check(lately=True)
-            return self._sink.put(file_name, data)
+            return self.sink.put(file_name, data)
 
     def commit(self, written: Sequence[Written], rows: Sequence[ManifestRow]) -> None:
         """Makes a batch's images and rows part of the job: all of an image's bytes first, its row last.
@@ -113,13 +113,13 @@ class JobStore:
             )
         with self._writing():
             self._lock.check()
-            self._sink.publish(written)
+            self.sink.publish(written)
             self._lock.check()
             self._manifest.append(rows)
             for each in written:
                 for stray in self._found.strays.pop(each.file_name.rpartition("/")[2], ()):
                     if stray != each.file_name:
-                        self._sink.discard(stray)
+                        self.sink.discard(stray)
         for row in rows:
             images[row.id] = content(row)
 
@@ -150,7 +150,7 @@ class JobStore:
         for path in leftovers(self.directory):
             path.unlink()
         # Here alone, so that a mount that vanishes is an error and not an empty directory to start afresh in.
-        self._sink.ready()
+        self.sink.ready()
         logs: tuple[RowLog[Any], ...] = (self._manifest, self._failures, self._runs)
         for log in logs:
             if cut := log.settle():
@@ -161,7 +161,7 @@ class JobStore:
         last_run = max(
             self._take(self._runs, lambda row: runs.add(row.run)), self._take(self._failures, self._failed.take)
         )
-        self._found = find(self._manifest, self._sink)
+        self._found = find(self._manifest, self.sink)
         self._drop(self._manifest, self._found.dropped, self._found.told())
         self._rows_at_start = self._found.rows
         self.run = max(last_run, self._found.last_run) + 1
@@ -193,26 +193,30 @@ class JobStore:
         if not known:
             self._runs.append([RunRow(run=run, host=owner.host, started_at=owner.started_at)])
 
+    def bar(self, error: OSError) -> JobError:
+        """Ends all commits for a failing disk: a message with where, why, and how much room is left."""
+        place = error.filename or self.directory
+        try:
+            room = f"; {shutil.disk_usage(self.directory).free / 2**20:.0f} MiB free there"
+        except OSError:
+            room = ""
+        told = JobError(
+            f"{place}: cannot be written: {error.strerror}{room}. Nothing committed is lost; run again to go on"
+        )
+        self._barred = self._barred or told
+        return told
+
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """Turns a failing disk into a message with what the user needs: where, why, and how much room is left. After
-        that, and after any other reason not to write, nothing is committed."""
+        """Bars the store where the disk fails. After that, and after any other reason not to write, nothing is
+        committed."""
         try:
             yield
         except JobError as error:
             self._barred = self._barred or error
             raise
         except OSError as error:
-            place = error.filename or self.directory
-            try:
-                room = f"; {shutil.disk_usage(self.directory).free / 2**20:.0f} MiB free there"
-            except OSError:
-                room = ""
-            told = JobError(
-                f"{place}: cannot be written: {error.strerror}{room}. Nothing committed is lost; run again to go on"
-            )
-            self._barred = self._barred or told
-            raise told from error
+            raise self.bar(error) from error
 
 
 def leftovers(directory: Path) -> list[Path]:

@@ -94,6 +94,8 @@ def plan_table(data: dict[str, Any]) -> str:
         f"{shape['batch_size']} x {shape['width']}x{shape['height']}/{shape['text_length']}" for shape in data["shapes"]
     )
     lines.append(f"shapes to compile: {len(data['shapes'])}" + (f" ({shapes})" if shapes else ""))
+    if data["forecast"]:
+        lines.append(_forecast_line(data["forecast"], data["images"], data["workers"]))
     if data["unknown_keys"]:
         lines.append(f"keys that are no settings, kept under meta: {_with_counts(data['unknown_keys'])}")
     return "\n".join(lines)
@@ -108,6 +110,17 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines with columns as wide as their widest cell."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+
+
+def _forecast_line(forecast: Mapping[str, Any], images: int, workers: int) -> str:
+    minutes, seconds = divmod(round(forecast["seconds"]), 60)
+    on = f" on {workers} workers" if workers > 1 else ""
+    rest = images - forecast["images"]
+    return (
+        f"by the images made here: about {minutes // 60}:{minutes % 60:02d}:{seconds:02d}{on}, "
+        f"{forecast['device_hours']:.2f} device-hours, {forecast['bytes'] / 2**20:.0f} MiB"
+        + (f"; {rest} images of shapes not made yet come on top" if rest else "")
+    )
 
 
 def failure_lines(failures: Sequence[Failure], shown: int = 5) -> list[str]:

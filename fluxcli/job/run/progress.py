@@ -30,6 +30,7 @@ class Progress:
         self._done = self._failed = 0
         self._started = self._last_line = clock()
         self._bar: _Bar | None = None
+        self.pulse: Callable[[], str] | None = None  # how worker processes are, in a few words
 
     def start(self) -> None:
         self._started = self._last_line = self._clock()
@@ -53,11 +54,16 @@ class Progress:
         self._left -= (done + failed) * self._work / max(self._total, 1) if work is None else work
         if self._bar is not None:
             self._bar.left = self._time_left()
-            self._bar.set_postfix(failed=self._failed, refresh=False)
+            self._bar.set_postfix_str(f"failed={self._failed}{self._workers()}", refresh=False)
             self._bar.update(done)
         elif self._clock() - self._last_line >= _SECONDS_BETWEEN_LINES:
             self._last_line = self._clock()
             self.say(self._line())
+
+    def end(self) -> None:
+        """A last word about workers, if there were any."""
+        if self.pulse:
+            self.say(self.pulse())
 
     def say(self, text: str) -> None:
         """A line of text beside the bar."""
@@ -70,13 +76,16 @@ class Progress:
     def _line(self) -> str:
         rate = self._done / max(self._clock() - self._started, 1e-9)
         images = f"{self._done}/{self._total} images, {rate:.2f} images/s"
-        return f"{images}, {self._time_left()} left, {self._failed} failed"
+        return f"{images}, {self._time_left()} left, {self._failed} failed{self._workers()}"
 
     def _time_left(self) -> str:
         """By the work that is left, not by images: large ones and those of many steps are made first."""
         done = self._work - self._left
         seconds = round((self._clock() - self._started) * max(self._left, 0.0) / done) if done > 0 else 0
         return f"{seconds // 3600:d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+
+    def _workers(self) -> str:
+        return f", {self.pulse()}" if self.pulse else ""
 
 
 class _Bar(tqdm):  # type: ignore[misc]

@@ -1,19 +1,20 @@
-"""Drives a plan on a lane: keeps the device busy with one batch while the last one is encoded, written and
+"""Drives a plan on lanes: keeps every device busy with one batch while the last one is encoded, written and
 committed."""
 
 import time
-from collections import deque
 from collections.abc import Callable
 
-from fluxcli.core.errors import FluxcliError, OutOfMemory, first_line
 from fluxcli.core.records import Batch, Failure
 from fluxcli.job.input.intake import Intake
 from fluxcli.job.plan import Plan, PlannedBatch
 from fluxcli.job.run import signals
-from fluxcli.job.run.lanes import Engine, Flight, LocalLane
+from fluxcli.job.run.lanes import Failed, Lane, Lanes, Made
 from fluxcli.job.run.progress import Progress
+from fluxcli.job.run.queue import Work
 from fluxcli.job.run.saving import Saver
 from fluxcli.job.run.totals import Run
+
+_DEATHS = 2  # of workers that held a batch: then it is halved, or its one row has failed
 
 
 class Runner:
@@ -22,16 +23,17 @@ class Runner:
     def __init__(self, run: Run, intake: Intake, plan: Plan, saver: Saver, progress: Progress) -> None:
         self._run, self._intake, self._plan = run, intake, plan
         self._saver, self._progress = saver, progress
+        self._index = 0
+        self._submitted: dict[int, Work] = {}  # by batch index
 
-    def prepare(self, make_engine: Callable[[], Engine]) -> LocalLane:
-        """A lane with every shape of the plan ready."""
+    def prepare(self, open_lanes: Callable[[], Lanes]) -> Lanes:
+        """Lanes that are ready to begin."""
         start = time.perf_counter()
-        lane = LocalLane(make_engine(), self._progress.say)
-        lane.warm_up(self._plan.shapes())
+        lanes = open_lanes()
         self._run.totals.warm_up_s = time.perf_counter() - start
-        return lane
+        return lanes
 
-    def run(self, lane: LocalLane) -> None:
+    def run(self, lanes: Lanes) -> None:
         """Makes every image of the plan.
 
         Raises:
@@ -42,55 +44,68 @@ class Runner:
         self._progress.start()
         try:
             with self._saver:
-                self._submit_all(lane)
+                self._drive(lanes)
         finally:
             self._run.totals.seconds = time.perf_counter() - start
         signals.check()
 
-    def _submit_all(self, lane: LocalLane) -> None:
+    def _drive(self, lanes: Lanes) -> None:
         """Queues one batch behind the other. A batch that fails goes back in halves, so that what made it fail costs no
         other row its image."""
-        waiting = deque(self._plan)
-        in_flight: tuple[Batch, Flight] | None = None
-        index = 0
-        while waiting and not signals.noted():
-            if in_flight and in_flight[1].ready():
-                self._finish(*in_flight)
-                in_flight = None
-            planned = waiting.popleft()
-            if len(planned.rows) > lane.limit(planned.key):
-                waiting.extendleft(reversed(self._split(planned)))
-                continue
-            steps = planned.num_inference_steps
-            mask = self._intake.defaults.step_cache.mask(steps)
-            batch = Batch(index, planned.key, steps, self._intake.records(planned.rows), mask)
-            index += 1
-            submitted = None
-            try:
-                submitted = lane.submit(batch)
-            except OutOfMemory as error:
-                self._retry(planned, batch, "out_of_memory", error, waiting)
-            except FluxcliError:
-                raise
-            except Exception as error:
-                self._retry(planned, batch, "engine_error", error, waiting)
-            if in_flight:
-                self._finish(*in_flight)
-            in_flight = (batch, submitted) if submitted else None
-        if in_flight:
-            self._finish(*in_flight)
+        self._queue = lanes.queue(self._plan)
+        while not signals.noted() and (self._queue or lanes.busy):
+            while not signals.noted() and any([self._submit(lane) for lane in lanes.free()]):
+                pass
+            self._settle(lanes)
+        lanes.finish()
+        while lanes.busy:
+            self._settle(lanes)
 
-    def _finish(self, batch: Batch, flight: Flight) -> None:
-        self._saver.add(batch, flight.result())
+    def _submit(self, lane: Lane) -> bool:
+        """Whether there was a batch for it."""
+        work = self._queue.take(lane)
+        while work is not None and len(work.planned.rows) > lane.limit(work.planned.key):
+            self._queue.give_back([Work(half) for half in self._split(work.planned)])
+            work = self._queue.take(lane)
+        if work is None:
+            return False
+        planned = work.planned
+        steps = planned.num_inference_steps
+        mask = self._intake.defaults.step_cache.mask(steps)
+        batch = Batch(self._index, planned.key, steps, self._intake.records(planned.rows), mask)
+        self._submitted[self._index] = work
+        self._index += 1
+        lane.submit(batch, alone=work.suspect)
+        return True
 
-    def _retry(
-        self, planned: PlannedBatch, batch: Batch, kind: str, error: Exception, waiting: "deque[PlannedBatch]"
-    ) -> None:
-        if len(planned.rows) > 1:
-            waiting.extendleft(reversed(self._split(planned)))
-            return
-        record = batch.records[0]
-        self._saver.fail([Failure(record.id, record.line, kind, first_line(error))])
+    def _settle(self, lanes: Lanes) -> None:
+        for each in lanes.wait():
+            work = self._submitted.pop(each.batch.index)
+            if isinstance(each, Made):
+                self._saver.add(each)
+            elif each.kind == "worker_died":
+                self._bury(work, each)
+            elif len(work.planned.rows) > 1:
+                self._queue.give_back([Work(half) for half in self._split(work.planned)])
+            else:
+                self._fail(each)
+
+    def _bury(self, work: Work, failed: Failed) -> None:
+        """A batch whose worker died is tried once more, then halved until the row that kills is alone. That row has two
+        tries of its own."""
+        deaths, planned = work.deaths + 1, work.planned
+        if deaths < _DEATHS:
+            self._queue.give_back([Work(planned, deaths, suspect=True)])
+        elif len(planned.rows) > 1:
+            self._queue.give_back(
+                [Work(half, deaths=1 if len(half.rows) > 1 else 0, suspect=True) for half in self._split(planned)]
+            )
+        else:
+            self._fail(failed)
+
+    def _fail(self, failed: Failed) -> None:
+        record = failed.batch.records[0]
+        self._saver.fail([Failure(record.id, record.line, failed.kind, failed.message)])
 
     def _split(self, planned: PlannedBatch) -> list[PlannedBatch]:
         """Two halves, each at the smallest batch size that the plan's rules allow it."""

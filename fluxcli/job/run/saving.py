@@ -1,26 +1,22 @@
-"""Images from pixels to committed rows, behind the engine's back: encoded by several threads, committed in order by
-one. An image that cannot be saved is a failed row; a disk that cannot be written ends the run."""
+"""Images from temporary files to committed rows, behind the lanes' back and in the order they were added. A disk that
+cannot be written ends the run."""
 
-import os
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
-from fluxcli.core.config import ImageFormat
-from fluxcli.core.errors import FluxcliError, first_line
-from fluxcli.core.records import Batch, Failure, Group, Images, PromptRecord, Timing
-from fluxcli.job.output import images
+from fluxcli.core.errors import FluxcliError
+from fluxcli.core.records import Batch, Failure, Group, PromptRecord, Timing
 from fluxcli.job.output.rows import ManifestRow
-from fluxcli.job.output.sink import Written
+from fluxcli.job.run.lanes import Made
 from fluxcli.job.run.progress import Progress
 from fluxcli.job.run.totals import Run
+from fluxcli.job.run.writing import Saved
 
-# Encoded batches that may wait for the disk before the device waits for them: bounds the host's memory.
+# Batches that may wait for the disk before the lanes wait for them: bounds the host's memory.
 _COMMITS_AHEAD = 2
-_ENCODERS = min(8, os.cpu_count() or 1)
 
 
 class TooManyFailures(FluxcliError):
@@ -28,10 +24,9 @@ class TooManyFailures(FluxcliError):
 
 
 class Saver:
-    """Saves a run's images. As a context it ends with everything committed that was added.
+    """Commits a run's images. As a context it ends with everything committed that was added.
 
     Args:
-        model: its name in the images.
         max_failures: stop when more rows than this have failed; None for never.
         work: what an image of a group costs, as `progress` counts it.
     """
@@ -39,18 +34,14 @@ class Saver:
     def __init__(
         self,
         run: Run,
-        format: ImageFormat,
-        model: str,
         progress: Progress,
         max_failures: int | None = None,
         work: Callable[[Group], float] = lambda group: 1.0,
     ) -> None:
-        self._run, self._progress, self._work = run, progress, work
-        self._format, self._model, self._max_failures = format, model, max_failures
+        self._run, self._progress, self._max_failures, self._work = run, progress, max_failures, work
         self._placed = 0
         self._commits: deque[Future[None]] = deque()
         self._failing = threading.Lock()
-        self._encoders = ThreadPoolExecutor(_ENCODERS, "encode")
         self._committer = ThreadPoolExecutor(1, "commit")
 
     def __enter__(self) -> "Saver":
@@ -59,21 +50,23 @@ class Saver:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._encoders, self._committer:
+        with self._committer:
             while self._commits:
                 self._commits.popleft().result()
 
-    def add(self, batch: Batch, result: Images) -> None:
+    def place(self, record: PromptRecord) -> str:
+        """The file name of an image that is to be saved."""
+        path = self._run.store.place(record.id, self._placed)
+        self._placed += 1
+        return path
+
+    def add(self, made: Made) -> None:
         """Queues a batch. Waits where too many wait already.
 
         Raises:
             JobError, TooManyFailures: from this batch or one before it.
         """
-        saving = [
-            self._encoders.submit(self._save, record, result, slot, self._place(record))
-            for slot, record in enumerate(batch.records)
-        ]
-        self._commits.append(self._committer.submit(self._commit, batch, saving, result.timing))
+        self._commits.append(self._committer.submit(self._commit, made))
         while len(self._commits) > _COMMITS_AHEAD:
             self._commits.popleft().result()
 
@@ -97,49 +90,29 @@ class Saver:
                 f"(line {first.line}: {first.message}); see failures.jsonl in {store.directory}"
             )
 
-    def _place(self, record: PromptRecord) -> str:
-        path = self._run.store.place(record.id, self._placed)
-        self._placed += 1
-        return path
-
-    def _save(self, record: PromptRecord, result: Images, slot: int, place: str) -> "_Saved | Failure":
-        if not result.finite[slot]:
-            return Failure(record.id, record.line, "non_finite", "the model's output is not finite for this row")
-        start = time.perf_counter()
-        try:
-            data = images.encode(result.pixels[slot], self._format, record, self._model)
-            written = self._run.store.write(place, data)
-        except FluxcliError:
-            raise
-        except Exception as error:
-            return Failure(record.id, record.line, "encode_error", first_line(error))
-        return written, time.perf_counter() - start
-
-    def _commit(self, batch: Batch, saving: Sequence["Future[_Saved | Failure]"], timing: Timing) -> None:
+    def _commit(self, made: Made) -> None:
         written, rows, failures = [], [], []
-        for slot, (record, future) in enumerate(zip(batch.records, saving, strict=True)):
-            saved = future.result()
+        for slot, saved in enumerate(made.saved()):
             if isinstance(saved, Failure):
                 failures.append(saved)
                 continue
-            image, save_s = saved
-            own = Timing(timing.encode_s, timing.denoise_s, timing.decode_s, save_s)
-            written.append(image)
-            rows.append(self._row(record, image, batch, slot, own))
+            own = Timing(made.timing.encode_s, made.timing.denoise_s, made.timing.decode_s, saved.seconds)
+            written.append(saved.image)
+            rows.append(self._row(made.batch, slot, saved, own, made.worker))
             self._run.totals.add(own)
-            self._run.totals.truncated += record.truncated
+            self._run.totals.truncated += made.batch.records[slot].truncated
         self._run.store.commit(written, rows)
         self._run.totals.images += len(rows)
-        self._progress.advance(len(rows), work=len(rows) * self._work(batch.records[0].group))
+        self._progress.advance(len(rows), work=len(rows) * self._work(made.batch.records[0].group))
         self.fail(failures)
 
-    def _row(self, record: PromptRecord, saved: Written, batch: Batch, slot: int, timing: Timing) -> ManifestRow:
-        cut = images.comment_truncated(self._format, record, self._model)
+    def _row(self, batch: Batch, slot: int, saved: Saved, timing: Timing, worker: int | None) -> ManifestRow:
+        record = batch.records[slot]
         return ManifestRow(
             id=record.id,
             prompt=record.prompt,
-            file_name=saved.file_name,
-            sha256=saved.sha256,
+            file_name=saved.image.file_name,
+            sha256=saved.image.sha256,
             seed=record.seed,
             width=record.width,
             height=record.height,
@@ -152,12 +125,10 @@ class Saver:
             text_length=record.text_length,
             truncated=record.truncated,
             batch={"index": batch.index, "size": len(batch.records), "slot": slot},
+            worker=worker,
             timing=timing.as_row(),
             run=self._run.store.run,
-            finished_at=saved.finished_at,
+            finished_at=saved.image.finished_at,
             meta=record.meta,
-            extra={"comment_truncated": True} if cut else {},
+            extra={"comment_truncated": True} if saved.comment_truncated else {},
         )
-
-
-_Saved = tuple[Written, float]  # an image, and the seconds it took to save

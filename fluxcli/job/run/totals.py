@@ -2,7 +2,7 @@
 
 import platform
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +48,7 @@ class Run:
     totals: Totals = field(default_factory=Totals)
     planned: int = 0
     shapes: Sequence[ShapeKey] = ()
+    workers: Callable[[], list[dict[str, Any]]] = list  # what each process of its did
     started_at: str = field(default_factory=utc_now)
     recorded: bool = False
 
@@ -56,7 +57,7 @@ class Run:
         if self.recorded:
             return
         self.recorded = True
-        totals = self.totals
+        totals, workers = self.totals, self.workers()
         self.store.record_run(
             {
                 "host": socket.gethostname(),
@@ -76,6 +77,7 @@ class Run:
                 "warm_up_s": round(totals.warm_up_s, 3),
                 "stages_s": {name: round(seconds, 3) for name, seconds in totals.stages.items()},
                 "images_per_s": round(totals.images_per_s, 4),
+                **({"workers": workers} if workers else {}),
                 "exit_status": exit_status,
             }
         )

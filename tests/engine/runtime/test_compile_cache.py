@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -115,3 +116,35 @@ def test_where_no_cache_can_be_made_that_is_told(home: Path) -> None:
     home.write_bytes(b"")
     with pytest.raises(CacheError, match=r"cannot be made: .*; set FLUXCLI_CACHE"):
         made()
+
+
+def test_of_several_processes_one_settles_a_choice_and_none_loses_anothers(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("FLUXCLI_CACHE", str(tmp_path / "cache"))
+    cache, found = CompileCache(resolve("tiny"), EngineConfig("cpu", "float32", True)), tmp_path / "found"
+    cache.add("choices.json", {"shared": "no longer there"})
+
+    def settle(number: int) -> None:
+        def find() -> str:
+            with found.open("a") as file:
+                file.write(f"{number}\n")
+            time.sleep(0.1)
+            return f"way {number}"
+
+        for problem in ("shared", f"own {number}"):
+            way = cache.settled("choices.json", problem, lambda way: str(way).startswith("way"), find)
+            (tmp_path / f"{problem} {number}").write_text(way)
+
+    children = []
+    for number in range(4):
+        if (child := os.fork()) == 0:
+            try:
+                settle(number)
+                os._exit(0)
+            except BaseException:
+                os._exit(99)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
+    assert len(found.read_text().split()) == 1 + 4, "the shared one was found twice"
+    settled = cache.read("choices.json")
+    assert settled == {"shared": settled["shared"], **{f"own {number}": f"way {number}" for number in range(4)}}
+    assert {(tmp_path / f"shared {number}").read_text() for number in range(4)} == {settled["shared"]}

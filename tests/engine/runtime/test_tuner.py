@@ -115,3 +115,19 @@ def test_the_devices_own_faults_are_held_against_no_way(fault: Exception, tuning
     with pytest.raises(type(fault)), made.tuning() if tuning else nullcontext():
         made.run("a matmul", {"torch": lambda: 2.0, "quack 1": out})
     assert made.table == ({} if tuning else {"a matmul": "quack 1"})
+
+
+def test_what_another_process_settled_meanwhile_is_taken_and_what_is_found_is_told() -> None:
+    settled = {"a matmul": "one", "a stranger": "gone"}
+
+    def settle(problem: str, taken, timed) -> str:
+        if not taken(settled.get(problem)):
+            settled[problem] = timed()
+        return settled[problem]
+
+    made = Tuner("cpu", {}, settle)
+    assert made.run("a matmul", ways(one=3, other=2)) == 3  # nothing is settled while nothing is tuned
+    with made.tuning():
+        assert made.run("a matmul", ways(one=3, other=2)) == 3
+        assert made.run("a stranger", ways(one=3, other=2)) == 2
+    assert settled == made.table == {"a matmul": "one", "a stranger": "other"}

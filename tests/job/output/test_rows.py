@@ -22,6 +22,7 @@ MANIFEST: dict[str, Any] = {
     "text_length": 64,
     "truncated": False,
     "batch": {"index": 3, "size": 16, "slot": 5},
+    "worker": 2,
     "timing": {"total_s": 3.13},
     "run": 0,
     "finished_at": "2026-01-01T00:00:00.000Z",
@@ -44,7 +45,7 @@ def line(values: dict[str, Any]) -> bytes:
 
 @pytest.mark.parametrize(("kind", "values"), KINDS)
 def test_what_is_read_is_written_byte_for_byte_unknown_keys_too(kind: type[Row], values: dict[str, Any]) -> None:
-    for told in (values, {**values, "worker": 3, "later": {"deep": [1]}}):
+    for told in (values, {**values, "maker": 3, "later": {"deep": [1]}}):
         assert rows.write(rows.read(kind, line(told))) == line(told)
 
 
@@ -77,6 +78,7 @@ WRONG = [
     (ManifestRow, "guidance_scale", ["3.5", True, []]),
     (ManifestRow, "run", [None, -1, 1.5, "0", True]),
     (ManifestRow, "finished_at", [None, 1767225600000, "", "yesterday", "2026-01-01", "9999-01-01T00:00:00Z"]),
+    (ManifestRow, "worker", ["0", -1, 1.5, True]),
     (ManifestRow, "meta", [5, "x", []]),
     (FailureRow, "id", [5, [], {}, True]),
     (FailureRow, "line", [None, "x", 1.5, -1]),
@@ -84,6 +86,7 @@ WRONG = [
     (FailureRow, "attempt", [None, 0, "1"]),
     (RunRow, "run", [None, "0", [], -1, 1.5]),
     (RunRow, "planned", ["x", -1, 1.5]),
+    (RunRow, "workers", ["0", {}]),
     (RunRow, "exit_status", ["0", 1.5]),
 ]
 

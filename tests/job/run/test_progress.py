@@ -65,6 +65,16 @@ def test_the_bar_tells_the_same_time_left(monkeypatch: pytest.MonkeyPatch) -> No
     assert "10/100" in shown.getvalue() and "<0:00:10," in shown.getvalue()
 
 
+def test_workers_are_told_of_beside_the_count(capsys: pytest.CaptureFixture[str]) -> None:
+    now = 0.0
+    progress = Progress(100, clock=lambda: now)
+    progress.pulse = lambda: "2 workers, 0.40 to 0.60 images/s each, 1 replaced"
+    progress.start()
+    now = 60.0
+    progress.advance(60)
+    assert capsys.readouterr().err.endswith("0 failed, 2 workers, 0.40 to 0.60 images/s each, 1 replaced\n")
+
+
 def test_a_long_reading_tells_how_far_it_is_and_a_short_one_nothing() -> None:
     now, said = 0.0, []
     reading = Reading(said.append, clock=lambda: now)

@@ -1,0 +1,60 @@
+"""Jobs on worker processes that draw from seeds."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from fluxcli.job.fleet.deadlines import Patience
+from fluxcli.job.fleet.fleet import Workers
+from fluxcli.job.report.verify import verify
+from tests.job import harness
+
+
+def fleet(count: int, patience: Patience | None = None, **settings: Any) -> Workers:
+    names = [f"worker {number}" for number in range(count)]
+    more = {} if patience is None else {"patience": patience}
+    return Workers("tests.job.fleet.drawing", settings, names, [{}] * count, **more)
+
+
+def run(rows: Path, directory: Path, workers: Workers, **options: Any) -> int:
+    """The job's exit code."""
+    made = harness.job(rows, directory, **options)
+    status, _ = made.run(workers, {"device": "seed", "versions": {}}, lambda text: None)
+    return status
+
+
+def write_rows(path: Path, prompts: list[str], sizes: tuple[int, ...] = (64,)) -> Path:
+    rows = [{"id": f"p{n}", "prompt": prompt, "width": sizes[n % len(sizes)]} for n, prompt in enumerate(prompts)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def alone(rows: Path, directory: Path) -> dict[str, Any]:
+    """What one process makes of the rows."""
+    assert harness.run(rows, directory) in (0, 3)
+    return harness.essence(directory)
+
+
+def check(directory: Path, expected: dict[str, Any]) -> None:
+    """That nothing is lost, doubled, torn or stray."""
+    assert harness.essence(directory) == expected
+    assert not verify(directory).problems
+    assert not [path for path in directory.rglob("*") if path.name.startswith(".")]
+
+
+def gone(pids: Path, seconds: float = 10.0) -> bool:
+    """Whether the processes that a file names are, within some seconds."""
+    end = time.monotonic() + seconds
+    while any(alive(int(pid)) for pid in pids.read_text().split()):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def alive(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
