@@ -23,7 +23,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     return rows, fleets.alone(rows, folder / "job")
 
 
-def killed(rows: Path, directory: Path, pids: Path, moments: random.Random, job_too: float) -> tuple[int | None, int]:
+def killed(
+    rows: Path, directory: Path, pids: Path, moments: random.Random, job_too: float, seconds: float = 0.03
+) -> tuple[int | None, int]:
     """Runs the job, killing workers, and with probability `job_too` the job itself; its exit code, or None where it was
     killed, and how many workers were."""
     pids.write_text("")
@@ -32,7 +34,7 @@ def killed(rows: Path, directory: Path, pids: Path, moments: random.Random, job_
         signal.alarm(120)
         try:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-            os._exit(fleets.run(rows, directory, fleets.fleet(WORKERS, pids=str(pids), seconds=0.03)))
+            os._exit(fleets.run(rows, directory, fleets.fleet(WORKERS, pids=str(pids), seconds=seconds)))
         except BaseException:
             os._exit(99)
     kills = 0
@@ -64,7 +66,7 @@ def finish(rows: Path, directory: Path, pids: Path, expected: dict) -> int:
 @pytest.mark.slow
 def test_some_workers_killed_at_random_moments(undisturbed, tmp_path) -> None:
     rows, expected = undisturbed
-    code, kills = killed(rows, tmp_path / "job", tmp_path / "pids", random.Random(3), 0.0)
+    code, kills = killed(rows, tmp_path / "job", tmp_path / "pids", random.Random(3), 0.0, seconds=0.15)
     assert code == 0 and kills, (code, kills)
     fleets.check(tmp_path / "job", expected)
 
@@ -84,7 +86,7 @@ def test_two_hundred_workers_killed_at_random_moments(undisturbed, tmp_path) -> 
     kills = jobs = drivers = convicted = 0
     while kills < 200:
         directory, pids = tmp_path / str(jobs), tmp_path / "pids"
-        code, more = killed(rows, directory, pids, moments, 0.1)
+        code, more = killed(rows, directory, pids, moments, 0.1, seconds=0.15)
         kills, jobs, drivers = kills + more, jobs + 1, drivers + (code is None)
         assert code in (None, 0, 3), code
         convicted += finish(rows, directory, pids, expected)
