@@ -46,6 +46,25 @@ def test_workers_make_what_one_process_makes(inside: Callable[..., Result], tmp_
     assert inside("batch", "in.jsonl", "-o", "two", *SMALL).returncode == 0  # in one process: the same job
 
 
+def test_a_worker_draws_by_the_jobs_own_settings(inside: Callable[..., Result], tmp_path: Path) -> None:
+    write_rows(tmp_path / "in.jsonl", PROMPTS[:2])
+    own = (*SMALL, "--steps", 5, "--step-cache", "11001", "--quantization", "fp8")
+    for words in (("-o", "one"), ("-o", "two", "--workers", 1)):
+        done = inside("batch", "in.jsonl", *words, *own)
+        assert done.returncode == 0, done.stderr
+    assert inside("batch", "in.jsonl", "-o", "plain", *SMALL, "--steps", 5).returncode == 0
+    one, two, plain = (
+        np.stack([np.asarray(Image.open(path), dtype=int) for path in sorted((tmp_path / name / "images").iterdir())])
+        for name in ("one", "two", "plain")
+    )
+    assert abs(one - two).max() <= 1 < abs(one - plain).max()
+    for name in ("one", "two"):
+        rows = read_rows(tmp_path / name / "manifest.jsonl")
+        assert {(row["quantization"], row["step_cache"], row["evaluated_steps"]) for row in rows} == {
+            ("fp8", "11001", 3)
+        }
+
+
 @pytest.mark.slow
 def test_warmup_on_several_processes(inside: Callable[..., Result], tmp_path: Path) -> None:
     words = ("-m", "tiny", "--size", "64x64", "--size", "64x80", "--text-lengths", "64", "--json")
