@@ -145,7 +145,8 @@ def latents(heads: int, double: int, single: int, side: int, steps: int) -> None
             mods = model.modulations(sigmas[:-1] * 1000, torch.full((1,), 3.5), vec.to(dtype))
             x = img.to(dtype)
             for mod, dt in zip(mods, sigmas.diff(), strict=True):
-                x = denoise.euler_step(x, model(x, txt, mod, step), dt)
+                velocity = model.head(model.body(model.embed(x), txt, mod, step), mod)
+                x = denoise.euler_step(x, velocity, dt)
         return x
 
     exact = run(flux, torch.float32)

@@ -25,7 +25,7 @@ def test_out_of_memory_is_named_as_such_and_the_engine_goes_on(error: Exception,
     rows = records(DEV, 2, 64, 64, 64, steps=2)
     before = run(engine, rows)
     with monkeypatch.context() as patch:
-        patch.setattr(Flux, "forward", lambda *args: (_ for _ in ()).throw(error))
+        patch.setattr(Flux, "body", lambda *args: (_ for _ in ()).throw(error))
         with pytest.raises(OutOfMemory, match="2 x 64x64, text 64"):
             engine.submit(Batch(0, ShapeKey(2, 64, 64, 64), 2, rows))
     assert (run(engine, rows) == before).all()

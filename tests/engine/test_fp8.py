@@ -60,7 +60,8 @@ def velocity(flux: Flux, key: ShapeKey) -> Tensor:
     txt, steps = inputs.ours(flux, [0.7, 0.6])
     ids = inputs.ids
     step = Step(rope(ids, flux.config.axes_dims_rope, ROPE_THETA), sdpa)
-    return flux(inputs.img, txt, steps[0][0], step)
+    mod = steps[0].mod
+    return flux.head(flux.body(flux.embed(inputs.img), txt, mod, step), mod)
 
 
 @pytest.mark.parametrize("shape", [DEV, SCHNELL, DEEP], ids=lambda shape: shape.name)
