@@ -33,7 +33,7 @@ _CANONICAL = re.compile(
     r'"guidance_scale": (?:null|(?:0|[1-9][0-9]{0,8})\.(?:0|[0-9]{0,9}[1-9])))'
     rf'(?:, "quantization": "fp8")?+(?:, "step_cache": "1[01]*+", "evaluated_steps": {_INTEGER})?+'
     rf', "text_tokens": {_INTEGER}, "text_length": {_INTEGER}, "truncated": (?:true|false)'
-    rf', "batch": {_FLAT}, "timing": {_FLAT}, "run": (0|[1-9][0-9]{{0,8}})'
+    rf', "batch": {_FLAT}(?:, "worker": {_INTEGER})?+, "timing": {_FLAT}, "run": (0|[1-9][0-9]{{0,8}})'
     rf', "finished_at": "([0-9]{{4}}-[0-9]{{2}}-[0-9]{{2}}T[0-9]{{2}}:[0-9]{{2}}:[0-9]{{2}})\.([0-9]{{3}})Z"'
     rf', "meta": {_FLAT}\}}'
 ).fullmatch
