@@ -69,3 +69,9 @@ def test_workers_on_a_cpu_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> No
 def test_what_cannot_be_meant_is_told(asked: Any, kind: type[FluxcliError], words: str, eight: None) -> None:
     with pytest.raises(kind, match=words):
         processes(*asked)
+
+
+def test_gpus_where_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "gpu_count", lambda: 0)
+    with pytest.raises(DeviceError, match="there is no CUDA GPU here; on a CPU --workers N starts N processes"):
+        processes("all", None, "auto")

@@ -104,13 +104,6 @@ def test_gpus_may_stand_in_a_config(inside: Callable[..., Result], tmp_path: Pat
         assert done.returncode == 2 and told in done.stderr
 
 
-def test_gpus_without_any(fluxcli: Callable[..., Result], tmp_path: Path) -> None:
-    write_rows(tmp_path / "in.jsonl", PROMPTS)
-    done = fluxcli("batch", "in.jsonl", *SMALL, "--gpus", "all")
-    assert done.returncode == 1
-    assert done.stderr == "Error: --gpus: there is no CUDA GPU here; on a CPU --workers N starts N processes\n"
-
-
 @pytest.mark.slow
 def test_killed_workers_of_a_real_job_cost_no_image(tmp_path: Path) -> None:
     write_rows(tmp_path / "in.jsonl", [{"prompt": f"a red circle, {n}"} for n in range(400)])

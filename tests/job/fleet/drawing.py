@@ -105,10 +105,6 @@ def boast() -> None:
     os.write(int(sys.argv[2]), _framed(b'{"kind":"done","lease":999,"timing":[0,0,0],"saved":[]}'))
 
 
-def flood() -> None:
-    os.write(int(sys.argv[2]), b"\xff\xff\xff\xff" + b"x" * 1000)
-
-
 def _framed(data: bytes) -> bytes:
     return len(data).to_bytes(4, "big") + data
 
@@ -148,7 +144,7 @@ def fill() -> None:
 
 
 MISBEHAVIOUR: dict[str, Callable[[], None]] = {
-    each.__name__: each for each in (die, fail, freeze, babble, boast, flood, haunt, lie, fill)
+    each.__name__: each for each in (die, fail, freeze, babble, boast, haunt, lie, fill)
 }
 
 

@@ -53,7 +53,7 @@ def test_no_more_workers_are_started_than_there_are_batches(undisturbed, tmp_pat
     assert len(run["workers"]) == 2 and len(pids.read_text().split()) <= 2
 
 
-@pytest.mark.parametrize("how", ["die", "fail", "freeze", "babble", "flood", "boast", "lie"])
+@pytest.mark.parametrize("how", ["die", "fail", "freeze", "babble", "boast", "lie"])
 def test_a_worker_that_misbehaves_is_replaced_and_costs_nothing(how: str, undisturbed, tmp_path, capsys) -> None:
     """Boasting is of another's batch, lying of images that are not there."""
     rows = fleets.write_rows(tmp_path / "rows.jsonl", PROMPTS)
@@ -70,7 +70,6 @@ def test_a_worker_that_misbehaves_is_replaced_and_costs_nothing(how: str, undist
         "fail": "the device failed at 4 x 64x64",
         "freeze": "gave no answer for ",
         "babble": "sent no JSON",
-        "flood": "sent a message of 4294967295 bytes",
         "boast": "sent a message that cannot be meant",
         "lie": "sent a message that cannot be meant: an image that is not there",
     }[how]
@@ -133,7 +132,7 @@ def test_workers_that_cannot_start_stop_the_job_in_their_own_words(start: str, w
     rows = fleets.write_rows(tmp_path / "rows.jsonl", PROMPTS)
     patience = Patience(start=0.4, times=0.0) if start == "hang" else Patience()
     with pytest.raises(FluxcliError, match=words):
-        fleets.run(rows, tmp_path / "job", fleets.fleet(2, patience, start=start))
+        fleets.run(rows, tmp_path / "job", fleets.fleet(1, patience, start=start))
     assert read_rows(tmp_path / "job" / "runs.jsonl")[-1]["exit_status"] == 1
     assert not harness.manifest(tmp_path / "job")
 
