@@ -123,7 +123,7 @@ def test_the_plan_tells_what_is_left_to_do(job) -> None:
     assert evaluated / 22 < done.json["denoising"] < (evaluated + 1) / 22
     table = job("--step-cache", "fast", "--dry-run").stderr
     assert f"10 ({masks[10].count('1')} evaluated)" in table
-    assert f"step cache: {done.json['denoising']:.1%} of the denoiser's work is left" in table
+    assert f"the step cache leaves {done.json['denoising']:.1%} of the denoiser's work" in table
     assert "denoising" not in job("--dry-run", "--json").json
 
 

@@ -101,7 +101,7 @@ class Fleet:
             Worker(number, name, partial(Process, workers.module, number, own), *shared)
             for number, (name, own) in enumerate(zip(workers.names, workers.environments, strict=True))
         ]
-        self._say(f"starting {len(self._workers)} workers: {', '.join(workers.names)}")
+        self._say(f"starting {_counted(len(self._workers))}: {', '.join(workers.names)}")
         try:
             for worker in self._workers:
                 self._start(worker)
@@ -174,9 +174,9 @@ class Fleet:
         """How the workers are, in a few words."""
         now = self._stopped_at or time.monotonic()
         rates = [worker.facts.images / worker.seconds(now) for worker in self._workers if worker.first_begun]
-        each = f", {min(rates):.2f} to {max(rates):.2f} images/s each" if rates else ""
+        each = f", {min(rates):.2f} to {max(rates):.2f} images/s each" if len(rates) > 1 else ""
         replaced = sum(worker.facts.starts - 1 for worker in self._workers)
-        return f"{len(rates)} workers{each}" + (f", {replaced} replaced" if replaced else "")
+        return _counted(len(rates)) + each + (f", {replaced} replaced" if replaced else "")
 
     def _running(self) -> list[Worker]:
         return [worker for worker in self._workers if worker.process is not None]
@@ -305,3 +305,7 @@ def _plain(destination: Destination, encoders: int) -> dict[str, Any]:
         "model": destination.model,
         "encoders": encoders,
     }
+
+
+def _counted(workers: int) -> str:
+    return "1 worker" if workers == 1 else f"{workers} workers"

@@ -17,7 +17,7 @@ def plan_data(intake: Intake, plan: Plan) -> dict[str, Any]:
     """The plan: buckets, groups of batches, padding, shapes to compile, and what is done or refused already.
 
     `text_padding` is the share of text tokens that are padding, `batch_padding` the share of images that are. With a
-    step cache `denoising` is the share of the denoiser's work that is left.
+    step cache `denoising` is the share of the denoiser's work that it leaves.
     """
     images, tokens = Counter[int](), Counter[int]()
     for count, text_length in intake.text_tokens():
@@ -88,8 +88,8 @@ def plan_table(data: dict[str, Any]) -> str:
         f"{data['done']} done, {data['failed']} failed, {data['truncated']} truncated"
     )
     lines.append(f"padding: {data['text_padding']:.1%} of text tokens, {data['batch_padding']:.1%} of images")
-    if "denoising" in data:
-        lines.append(f"step cache: {data['denoising']:.1%} of the denoiser's work is left")
+    if "denoising" in data and data["images"]:
+        lines.append(f"the step cache leaves {data['denoising']:.1%} of the denoiser's work")
     shapes = ", ".join(
         f"{shape['batch_size']} x {shape['width']}x{shape['height']}/{shape['text_length']}" for shape in data["shapes"]
     )
