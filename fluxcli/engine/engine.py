@@ -3,7 +3,7 @@ the captured graphs; it writes no files and knows no command line."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,7 +22,7 @@ from fluxcli.engine.matmul.matmul import Matmul
 from fluxcli.engine.matmul.torch_ import Reference
 from fluxcli.engine.nets.flux1 import ROPE_THETA, Flux, Step
 from fluxcli.engine.runtime.compile_cache import CompileCache, compile_counts
-from fluxcli.engine.runtime.device import DTYPES
+from fluxcli.engine.runtime.device import DTYPES, one_thread
 from fluxcli.engine.runtime.faults import device_faults
 from fluxcli.engine.runtime.graphs import Captured
 from fluxcli.engine.runtime.tuner import Tuner
@@ -62,8 +62,8 @@ class Engine:
         self.config = config
         self._device, self._dtype = config.device, DTYPES[config.dtype]
         self._cuda = self._device.startswith("cuda")
-        # Whether images are denoised one by one. Numbers in 8 bits turn the last bit of a sum into a step of a
-        # sixteenth, so that an image would depend on how many are summed up beside it; a CPU gains nothing from that.
+        # Whether images are made one by one and by one thread. Numbers in 8 bits turn the last bit of a sum into a step
+        # of a sixteenth, and what is summed up beside an image, and by how many threads, would change it.
         self._singly = config.fp8 and not self._cuda
         self._cache = CompileCache(checkpoint, config)
         self._tuner = Tuner(self._device)
@@ -169,13 +169,14 @@ class Engine:
         self._prepare(self._at_once(batch.key))
         records = [*batch.records, *[batch.records[-1]] * (batch.key.batch_size - len(batch.records))]
         clock = Clock(self._cuda)
-        txt, vec = self._encode(batch.key, [record.prompt for record in records])
-        clock.mark()
-        if self._singly:
-            parts = zip([[record] for record in records], txt.split(1), vec.split(1), strict=True)
-            img = torch.cat([self._denoise(batch, *part) for part in parts])
-        else:
-            img = self._denoise(batch, records, txt, vec)
+        with one_thread() if self._singly else nullcontext():
+            txt, vec = self._encode(batch.key, [record.prompt for record in records])
+            clock.mark()
+            if self._singly:
+                parts = zip([[record] for record in records], txt.split(1), vec.split(1), strict=True)
+                img = torch.cat([self._denoise(batch, *part) for part in parts])
+            else:
+                img = self._denoise(batch, records, txt, vec)
         clock.mark()
         pixels, finite = self._decoder(denoise.unpack(img, *self._latent_size(batch.key)))
         clock.mark()

@@ -1,6 +1,7 @@
 """fp8: a step is the one that diffusers makes with its large matmuls on numbers in 8 bits."""
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from fluxcli.engine.weights import fill
 from fluxcli.models.checkpoints import resolve
 from tests.engine.exact import error
 from tests.engine.test_parity import records, run, worst
-from tests.pipelines import DEEP, DEV, SCHNELL, Shape
+from tests.pipelines import DEEP, DEV, SCHNELL, TINY, Shape
 
 # Of a block of diffusers' transformer: all matmuls, but for those that make modulations.
 _LARGE = re.compile(r"(single_)?transformer_blocks\.\d+\.(?!norm)")
@@ -87,6 +88,15 @@ def test_a_step_is_that_of_diffusers_on_numbers_in_8_bits(shape: Shape, pipeline
     assert error(results[True], eight) < 1e-4
 
 
+def with_threads(count: int, run: Callable[[], np.ndarray]) -> np.ndarray:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        return run()
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_an_image_is_that_of_its_row_alone(compile: bool, pipeline) -> None:
     directory = pipeline(DEEP)
@@ -97,6 +107,12 @@ def test_an_image_is_that_of_its_row_alone(compile: bool, pipeline) -> None:
     assert worst(together, np.concatenate([run(made, [row]) for row in rows])) <= 1
     assert worst(together, run(engine(directory, "none"), rows)) > 5, "in 8 bits it is another image"
     assert made.flux.double_blocks[0].img_mlp.up.weight.dtype == torch.float8_e4m3fn
+
+
+def test_an_image_is_the_same_on_any_number_of_cores() -> None:
+    rows = records(None, 1, 128, 128, 64, steps=3)
+    made = [with_threads(count, lambda: run(engine(TINY), rows)) for count in (1, 2, 3)]
+    assert max(worst(made[0], other) for other in made[1:]) <= 1
 
 
 def test_a_gpu_without_fp8_is_refused_before_anything_is_loaded(monkeypatch) -> None:

@@ -1,6 +1,8 @@
 """What "auto" means on this machine: device, dtype, and whether to compile."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from typing import Any
 
@@ -48,6 +50,17 @@ def resolve(
     if quantization == "fp8" and device.startswith("cuda"):
         _check_fp8(device, dtype)
     return EngineConfig(device, dtype, compile, backend, quantization)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """On a CPU, torch adds up in one order while the block runs, whatever the number of cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def machine(engine: EngineConfig) -> dict[str, Any]:
