@@ -1,6 +1,5 @@
 """`fluxcli bench`."""
 
-import json
 from collections.abc import Sequence
 from functools import partial
 
@@ -72,6 +71,8 @@ def bench(
 
     Exits with 1 if a shape or a peer could not be measured; the rest is told all the same.
     """
+    import json
+
     from fluxcli.bench import table
     from fluxcli.bench.bench import Bench
     from fluxcli.core.records import ShapeKey

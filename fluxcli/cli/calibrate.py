@@ -1,10 +1,8 @@
 """`fluxcli calibrate`."""
 
-import json
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
 
 import click
 
@@ -53,6 +51,9 @@ def calibrate(
 
     Every image is drawn with --steps steps, whatever its row says.
     """
+    import json
+    from statistics import fmean
+
     from fluxcli.core.errors import InputError, JobError, UsageError
     from fluxcli.core.records import Batch, ShapeKey
     from fluxcli.job.input.intake import take_in

@@ -1,7 +1,6 @@
 """The options that commands share, one decorator a group, which hands the command one object with their values; and
 `--config`, which sets any of them from a file."""
 
-import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import wraps
@@ -246,6 +245,8 @@ json_output = click.option("--json", "as_json", is_flag=True, help="Print one JS
 def _read_config(ctx: click.Context, param: click.Parameter, path: str | None) -> None:
     if path is None:
         return
+    import tomllib
+
     try:
         with open(path, "rb") as file:
             given = tomllib.load(file)

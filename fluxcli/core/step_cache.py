@@ -1,7 +1,6 @@
 """The step cache's masks: which steps of an image evaluate the blocks, fixed before a job starts and the same for every
 row. Pure arithmetic; how a step without the blocks is made is `engine/step_cache.py`'s matter."""
 
-import hashlib
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -52,6 +51,8 @@ class StepCache:
         """What fixes its masks, for job.json."""
         if not self.ratios:
             return self.name
+        import hashlib  # for those who have a preset; --help has none
+
         digest = hashlib.sha256(",".join(map(repr, self.ratios)).encode()).hexdigest()
         return f"{self.name} (ratios {digest[:8]})"
 
