@@ -4,6 +4,7 @@ The work is counted from the architecture and a shape alone; it is timed on rand
 (in 8 bits with the chip's own short sums, the fastest there are) and the fastest attention of the machine."""
 
 from collections.abc import Callable
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from fluxcli.core.records import ShapeKey
 from fluxcli.engine.attention.backends import Attention
-from fluxcli.engine.matmul.scaled import row_scaled
+from fluxcli.engine.matmul.scaled import E4M3, Scaled, store
 from fluxcli.engine.nets.flux1 import MLP_RATIO, FluxConfig
 from fluxcli.engine.runtime import stopwatch
 from fluxcli.engine.runtime.device import DTYPES
@@ -20,6 +21,7 @@ from fluxcli.engine.runtime.graphs import Captured
 from fluxcli.engine.runtime.tuner import FAULTS, Tuner
 
 _TURN_S = 0.05
+_ROWS = 4096  # that are made smaller at once
 
 
 class Product(NamedTuple):
@@ -82,23 +84,35 @@ def attention_ms(config: FluxConfig, key: ShapeKey, device: str, dtype: str) -> 
 def products_run(config: FluxConfig, key: ShapeKey, device: str, dtype: str, fp8: bool = False) -> Callable[[], object]:
     """A call that does the products of one step, those of blocks in 8 bits where `fp8`. Layers of one size share their
     tensors: the products of the other sizes pass through the device's cache between two of them, as in a step."""
-    tensors: dict[tuple[tuple[int, ...], float], Tensor] = {}
 
+    @cache
     def drawn(scale: float, *shape: int) -> Tensor:
-        if (shape, scale) not in tensors:
-            tensors[shape, scale] = torch.randn(shape, device=device, dtype=DTYPES[dtype]) * scale
-        return tensors[shape, scale]
+        return torch.randn(shape, device=device, dtype=DTYPES[dtype]) * scale
 
-    layers = [(drawn(1, rows, k), drawn(k**-0.5, n, k), drawn(0.02, n)) for rows, k, n in products(config, key)]
-    first, *blocks, last = layers
-    eight = {id(each): row_scaled(each) for x, weight, _ in blocks if fp8 for each in (x, weight)}
+    @cache
+    def eight(scale: float, rows: int, k: int) -> Scaled:
+        whole = Scaled(torch.empty(rows, k, dtype=E4M3, device=device), torch.empty(rows, device=device))
+        for first in range(0, rows, _ROWS):  # a batch's activations at once would take gigabytes beside themselves
+            part = slice(first, first + _ROWS)
+            store(Scaled(*(each[part] for each in whole)), drawn(scale, min(_ROWS, rows - first), k))
+        return whole
+
+    def plain_run(product: Product) -> Callable[[], object]:
+        rows, k, n = product
+        return partial(F.linear, drawn(1, rows, k), drawn(k**-0.5, n, k), drawn(0.02, n))
+
+    def eight_run(product: Product) -> Callable[[], object]:
+        rows, k, n = product
+        (x, of_x), (weight, of_weight), bias = eight(1, rows, k), eight(k**-0.5, n, k), drawn(0.02, n)
+        scales = of_x[:, None], of_weight[None]
+        return partial(torch._scaled_mm, x, weight.t(), *scales, bias, out_dtype=bias.dtype, use_fast_accum=True)
+
+    first, *blocks, last = products(config, key)
+    runs = [plain_run(first), *map(eight_run if fp8 else plain_run, blocks), plain_run(last)]
 
     def run() -> None:
-        for x, weight, bias in (first, *([] if fp8 else blocks), last):
-            F.linear(x, weight, bias)
-        for x, weight, bias in blocks if fp8 else []:
-            (a, of_a), (b, of_b) = eight[id(x)], eight[id(weight)]
-            torch._scaled_mm(a, b.t(), of_a[:, None], of_b[None], bias, out_dtype=bias.dtype, use_fast_accum=True)
+        for each in runs:
+            each()
 
     return Captured(run) if device.startswith("cuda") else run
 

@@ -2,7 +2,6 @@
 matmuls in 8 bits by torchao."""
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -91,8 +90,10 @@ def plain(engine: Engine, checkpoint: Checkpoint) -> Flux:
     if not engine.config.fp8:
         return engine.flux
     config = engine.config
-    with ExitStack() as loading, torch.inference_mode(False):  # weights are read by threads that no mode reaches
-        return loading.enter_context(load_transformer(checkpoint, config.device, DTYPES[config.dtype], Reference()))
+    loading = load_transformer(checkpoint, config.device, DTYPES[config.dtype], Reference())
+    with torch.inference_mode(False), loading as flux:  # weights are read by threads that no mode reaches
+        pass
+    return flux
 
 
 def denoise(model: nn.Module, inputs: Inputs, sigmas: list[float], dtype: torch.dtype) -> Tensor:

@@ -12,15 +12,15 @@ class Part:
     """One part of a pipeline.
 
     Attributes:
-        library: whose class it is, "diffusers" or "transformers".
-        classes: the names that model_index.json may give, each with the class of `library` that is made for it. No
+        package: whose class it is, "diffusers" or "transformers".
+        classes: the names that model_index.json may give, each with the class of `package` that is made for it. No
             other is ever looked up.
         config: its config file.
         weights: whether it has weight files.
         ignored: a pattern of tensor names that its files may hold and nobody reads.
     """
 
-    library: str
+    package: str
     classes: Mapping[str, str]
     config: str = "config.json"
     weights: bool = True

@@ -69,7 +69,6 @@ class Engine:
         self._tuner = Tuner(self._device)
         if self._cuda:
             self._tuner = Tuner(self._device, self._cache.read(_CHOICES), partial(self._cache.settled, _CHOICES))
-        if self._cuda:
             torch.cuda.set_device(self._device)
             self._copies = torch.cuda.Stream()
             self._pool = torch.cuda.graph_pool_handle()

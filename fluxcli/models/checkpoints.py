@@ -50,9 +50,9 @@ class Checkpoint:
         return transformer_config(self.directory / "transformer", self.family)
 
     def class_of(self, part: str) -> tuple[str, str]:
-        """(library, class) that a part is made with."""
+        """(package, class) that a part is made with."""
         path = self.directory / INDEX
-        return self.family.parts[part].library, class_of(path, read_json(path), part, self.family)
+        return self.family.parts[part].package, class_of(path, read_json(path), part, self.family)
 
     @property
     def label(self) -> str:

@@ -35,7 +35,7 @@ def check(directory: Path, family: Family, *, random: bool = False) -> None:
     check_configs(directory, family, random=random)
     for name, part in family.parts.items():
         if part.weights and not random:
-            for path, placed in weight_files(directory / name, part.library):
+            for path, placed in weight_files(directory / name, part.package):
                 _check_weights(path, placed)
 
 
@@ -67,7 +67,7 @@ def check_index(directory: Path, family: Family) -> None:
 
 
 def class_of(path: Path, index: dict[str, Any], name: str, family: Family) -> str:
-    """The class that is made for a part, of its family's library: one of a fixed table, whatever the file says.
+    """The class that is made for a part, of its family's package: one of a fixed table, whatever the file says.
 
     Raises:
         ModelError: the file, `path`, names another or none.
@@ -75,13 +75,13 @@ def class_of(path: Path, index: dict[str, Any], name: str, family: Family) -> st
     part, given = family.parts[name], index.get(name)
     if given in (None, [None, None]):
         raise ModelError(f"{path}: has no {name}, and fluxcli runs whole pipelines; take it from another {family.name}")
-    library, cls = given if isinstance(given, list) and len(given) == 2 else (None, given)
-    made = part.classes.get(cls) if isinstance(cls, str) and library == part.library else None
+    package, cls = given if isinstance(given, list) and len(given) == 2 else (None, given)
+    made = part.classes.get(cls) if isinstance(cls, str) and package == part.package else None
     if made is None:
         known = ", ".join(part.classes)
-        quantised = " (quantised weights)" if "nunchaku" in str(library) else ""
+        quantised = " (quantised weights)" if "nunchaku" in str(package) else ""
         raise ModelError(
-            f"{path}: {name} is {shown(library)}.{shown(cls)}{quantised}; of {part.library} fluxcli takes {known}"
+            f"{path}: {name} is {shown(package)}.{shown(cls)}{quantised}; of {part.package} fluxcli takes {known}"
         )
     return made
 

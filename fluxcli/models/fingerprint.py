@@ -41,7 +41,7 @@ def _take_all(digest: "hashlib._Hash", directory: Path, family: Family, random: 
             data = read_bytes(path, MOST_VOCABULARY if path.name in sum(VOCABULARIES, ()) else MOST_JSON)
             digest.update(f"\0{name}/{path.name}\0{len(data)}\0".encode() + data)
         if part.weights and not random:
-            for path, _ in weight_files(directory / name, part.library):
+            for path, _ in weight_files(directory / name, part.package):
                 digest.update(f"\0{name}/{path.name}\0".encode())
                 for sample in _samples(path):
                     digest.update(sample)
@@ -89,7 +89,7 @@ def legacy_fingerprint(directory: Path, family: Family, random: bool) -> str:
         # A version of that time read the single file beside an index: other weights than those that are read now.
         single = directory / name / "diffusion_pytorch_model.safetensors"
         if not random and part.weights and single.is_file():
-            read = [path for path, _ in weight_files(directory / name, part.library)]
+            read = [path for path, _ in weight_files(directory / name, part.package)]
             digest.update(b"" if single in read else b"\0index first")
     return digest.hexdigest()[:32]
 

@@ -56,7 +56,7 @@ def fetch(name: str, revision: str | None, family: Family) -> Path:
                 _download(name, directory, [f"{folder}/{file}"])
                 return read_json(directory / folder / file)
 
-            chosen = choose(f"--model {name}: {folder}", folders[folder], part.library, read_index)
+            chosen = choose(f"--model {name}: {folder}", folders[folder], part.package, read_index)
             weights += [f"{folder}/{each.name}" for each in chosen]
     _download(name, directory, weights)
     return directory

@@ -25,7 +25,7 @@ class WeightFile:
     tensors: frozenset[str] | None = None
 
 
-def weight_files(directory: Path, library: str) -> list[tuple[Path, frozenset[str] | None]]:
+def weight_files(directory: Path, package: str) -> list[tuple[Path, frozenset[str] | None]]:
     """The weight files of a part's folder, each with the tensors it must hold.
 
     Raises:
@@ -36,11 +36,11 @@ def weight_files(directory: Path, library: str) -> list[tuple[Path, frozenset[st
             names = {entry.name for entry in entries if not entry.is_dir()}
     except OSError as error:
         raise MissingError(f"{directory}: missing from the model") from error
-    chosen = choose(str(directory), names, library, lambda name: read_json(directory / name))
+    chosen = choose(str(directory), names, package, lambda name: read_json(directory / name))
     return [(directory / each.name, each.tensors) for each in chosen]
 
 
-def choose(where: str, names: Collection[str], library: str, read_index: ReadIndex) -> list[WeightFile]:
+def choose(where: str, names: Collection[str], package: str, read_index: ReadIndex) -> list[WeightFile]:
     """The files to read among `names`, which lie in the folder `where`.
 
     diffusers reads the index first, and the single file where there is no index; transformers the other way round.
@@ -49,9 +49,9 @@ def choose(where: str, names: Collection[str], library: str, read_index: ReadInd
     Raises:
         ModelError: as `weight_files`.
     """
-    stem = _STEMS[library]
+    stem = _STEMS[package]
     single, index = f"{stem}.safetensors", f"{stem}.safetensors.index.json"
-    if single in names and (library == "transformers" or index not in names):
+    if single in names and (package == "transformers" or index not in names):
         return [WeightFile(single)]
     if index in names:
         shards = _shards(where, index, read_index(index))

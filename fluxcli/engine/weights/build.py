@@ -1,4 +1,4 @@
-"""The libraries' classes, built with no values in their parameters."""
+"""The packages' classes, built with no values in their parameters."""
 
 import inspect
 from collections.abc import Callable
@@ -37,11 +37,11 @@ def build(checkpoint: Checkpoint, part: str, device: str, dtype: torch.dtype) ->
         ModelError: the config is no architecture of that class.
     """
     directory = checkpoint.directory / part
-    library, cls = _class_of(checkpoint, part)
+    package, cls = _class_of(checkpoint, part)
     config = read_config(directory)
     try:
         with torch.device(device), default_dtype(dtype), _no_init():
-            model = _from_config(library, cls, config)
+            model = _from_config(package, cls, config)
     except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
@@ -57,8 +57,8 @@ def build(checkpoint: Checkpoint, part: str, device: str, dtype: torch.dtype) ->
     return model
 
 
-def _from_config(library: str, cls: Any, config: dict[str, Any]) -> Any:
-    if library == "diffusers":
+def _from_config(package: str, cls: Any, config: dict[str, Any]) -> Any:
+    if package == "diffusers":
         fields = inspect.signature(cls.__init__).parameters.keys()
         return cls.from_config({key: value for key, value in config.items() if key in fields})
     return cls(cls.config_class(**{key: value for key, value in config.items() if key in _ENCODER_FIELDS}))
@@ -68,11 +68,11 @@ def _class_of(checkpoint: Checkpoint, part: str) -> tuple[str, Any]:
     import diffusers
     import transformers
 
-    libraries = {"diffusers": diffusers, "transformers": transformers}
-    for each in libraries.values():
+    packages = {"diffusers": diffusers, "transformers": transformers}
+    for each in packages.values():
         each.utils.logging.set_verbosity_error()
-    library, name = checkpoint.class_of(part)
-    return library, getattr(libraries[library], name)
+    package, name = checkpoint.class_of(part)
+    return package, getattr(packages[package], name)
 
 
 class _no_init:

@@ -48,7 +48,7 @@ def load_transformer(
         yield model
         return
     part = checkpoint.family.parts["transformer"]
-    with paired(model.slots(), directory, part.library, part.ignored) as pairs, copying(pairs):
+    with paired(model.slots(), directory, part.package, part.ignored) as pairs, copying(pairs):
         yield model
 
 
@@ -82,7 +82,7 @@ def load_part(checkpoint: Checkpoint, part: str, device: str, dtype: torch.dtype
     computed = [re.escape(name) for name, _ in model.named_buffers() if name not in slots]
     others = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     ignored = "|".join([*computed, *others, *([about.ignored] if about.ignored else [])])
-    with paired(slots.items(), checkpoint.directory / part, about.library, ignored) as pairs, copying(pairs):
+    with paired(slots.items(), checkpoint.directory / part, about.package, ignored) as pairs, copying(pairs):
         pass
     return model
 
@@ -90,13 +90,13 @@ def load_part(checkpoint: Checkpoint, part: str, device: str, dtype: torch.dtype
 def size(checkpoint: Checkpoint, part: str, dtype: torch.dtype, fp8: bool = False) -> int:
     """Bytes of a part's parameters, without memory for them; of the denoiser's with its blocks in 8 bits where `fp8`.
 
-    Counted in its files, which needs no import of its library; on the class that its config builds where there are
+    Counted in its files, which needs no import of its package; on the class that its config builds where there are
     none, where that says which are in 8 bits, and in float16, of which a class makes exceptions.
     """
     fp8 = fp8 and part == "transformer"
     if not (checkpoint.random or fp8) and dtype != torch.float16:
         about = checkpoint.family.parts[part]
-        return dtype.itemsize * values(checkpoint.directory / part, about.library, about.ignored)
+        return dtype.itemsize * values(checkpoint.directory / part, about.package, about.ignored)
     if part == "transformer":
         config = FluxConfig.from_json(checkpoint.transformer)
         with torch.device("meta"), default_dtype(dtype):

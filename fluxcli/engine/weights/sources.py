@@ -29,12 +29,12 @@ Slots = Iterable[tuple[str, Stored]]  # (name in the checkpoint, where its value
 
 
 @contextmanager
-def paired(slots: Slots, directory: Path, library: str, ignored: str | None = None) -> Iterator[Pairs]:
+def paired(slots: Slots, directory: Path, package: str, ignored: str | None = None) -> Iterator[Pairs]:
     """(slot, its values on disk) of every slot; the values are mapped while the block runs.
 
     Args:
         directory: a part's folder.
-        library: whose layout its files have.
+        package: whose layout its files have.
         ignored: a pattern of names that the files may hold and nobody reads.
 
     Raises:
@@ -46,7 +46,7 @@ def paired(slots: Slots, directory: Path, library: str, ignored: str | None = No
     surplus: list[str] = []
     misshapen: list[str] = []
     with ExitStack() as files:
-        opened = [_open(path, files) for path, _ in weight_files(directory, library)]
+        opened = [_open(path, files) for path, _ in weight_files(directory, package)]
         scales = Scales(opened)
         for path, header, file in opened:
             for entry in sorted(header.entries, key=lambda entry: entry.name):
@@ -83,11 +83,11 @@ def _open(path: Path, files: ExitStack) -> Opened:
         raise ModelError(f"{path}: cannot be read: {first_line(error)}") from error
 
 
-def values(directory: Path, library: str, ignored: str | None = None) -> int:
+def values(directory: Path, package: str, ignored: str | None = None) -> int:
     """How many numbers a part's files hold, without those that nobody reads."""
     return sum(
         entry.values
-        for path, _ in weight_files(directory, library)
+        for path, _ in weight_files(directory, package)
         for entry in read_header(path).entries
         if not (ignored and re.search(ignored, _canonical(entry.name)))
     )

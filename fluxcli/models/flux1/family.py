@@ -5,8 +5,8 @@ from fluxcli.core.family import TOKEN_SIDE, Family, Part
 _BACKEND = "PreTrainedTokenizerFast"  # reads any tokenizer.json as it stands
 
 
-def _only(library: str, *classes: str, **rest: object) -> Part:
-    return Part(library, {name: name for name in classes}, **rest)  # type: ignore[arg-type]
+def _only(package: str, *classes: str, **rest: object) -> Part:
+    return Part(package, {name: name for name in classes}, **rest)  # type: ignore[arg-type]
 
 
 FLUX1 = Family(

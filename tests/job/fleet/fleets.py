@@ -1,7 +1,10 @@
 """Jobs on worker processes that draw from seeds."""
 
 import json
+import os
+import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,3 +61,18 @@ def alive(pid: int) -> bool:
         return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return False
+
+
+def started(work: Callable[[], object], seconds: int = 60) -> int:
+    """The pid of a process that does the work, quietly, and ends with 0; with 99 where it fails, by itself where it
+    takes longer than it may."""
+    child = os.fork()
+    if child == 0:
+        signal.alarm(seconds)
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            work()
+            os._exit(0)
+        except BaseException:
+            os._exit(99)
+    return child

@@ -162,7 +162,7 @@ def test_workers_of_a_job_that_was_killed_leave_and_the_next_goes_on(undisturbed
     def doomed() -> None:
         fleets.run(rows, tmp_path / "job", fleets.fleet(2, pids=str(pids), seconds=0.3))
 
-    child = started(doomed)
+    child = fleets.started(doomed)
     wait_for(lambda: bool(harness.manifest(tmp_path / "job")))
     os.kill(child, signal.SIGKILL)
     assert ended(child) == -signal.SIGKILL
@@ -182,7 +182,7 @@ def test_a_terminals_ctrl_c_commits_what_is_begun(number: signal.Signals, code: 
         os.setpgid(0, 0)  # what a terminal sends its signals to
         os._exit(fleets.run(rows, tmp_path / "job", fleets.fleet(2, pids=str(pids), seconds=0.3)))
 
-    child = started(interrupted)
+    child = fleets.started(interrupted)
     wait_for(lambda: bool(harness.manifest(tmp_path / "job")))
     os.killpg(child, number)
     assert ended(child) == code
@@ -200,7 +200,7 @@ def test_a_terminals_ctrl_c_commits_what_is_begun(number: signal.Signals, code: 
 def test_a_job_that_was_stopped_for_long_takes_no_worker_for_hung(undisturbed, tmp_path) -> None:
     rows = fleets.write_rows(tmp_path / "rows.jsonl", PROMPTS)
     workers = fleets.fleet(2, Patience(start=60.0, warm_up=2.0, batch=2.0, times=0.0), seconds=0.2)
-    child = started(lambda: os._exit(fleets.run(rows, tmp_path / "job", workers)))
+    child = fleets.started(lambda: os._exit(fleets.run(rows, tmp_path / "job", workers)))
     wait_for(lambda: bool(harness.manifest(tmp_path / "job")))
     os.kill(child, signal.SIGSTOP)
     time.sleep(5.0)
@@ -209,19 +209,6 @@ def test_a_job_that_was_stopped_for_long_takes_no_worker_for_hung(undisturbed, t
     fleets.check(tmp_path / "job", undisturbed)
     (run,) = read_rows(tmp_path / "job" / "runs.jsonl")
     assert sum(worker["deaths"] for worker in run["workers"]) == 0
-
-
-def started(work) -> int:
-    child = os.fork()
-    if child == 0:
-        signal.alarm(60)
-        try:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-            work()
-            os._exit(0)
-        except BaseException:
-            os._exit(99)
-    return child
 
 
 def ended(child: int) -> int:

@@ -29,14 +29,8 @@ def killed(
     """Runs the job, killing workers, and with probability `job_too` the job itself; its exit code, or None where it was
     killed, and how many workers were."""
     pids.write_text("")
-    child = os.fork()
-    if child == 0:
-        signal.alarm(120)
-        try:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-            os._exit(fleets.run(rows, directory, fleets.fleet(WORKERS, pids=str(pids), seconds=seconds)))
-        except BaseException:
-            os._exit(99)
+    workers = fleets.fleet(WORKERS, pids=str(pids), seconds=seconds)
+    child = fleets.started(lambda: os._exit(fleets.run(rows, directory, workers)), seconds=120)
     kills = 0
     while True:
         time.sleep(moments.uniform(0, 0.2))
@@ -44,13 +38,13 @@ def killed(
         if ended:
             code = os.waitstatus_to_exitcode(status)
             return (None if code == -signal.SIGKILL else code), kills
-        workers = [pid for pid in map(int, pids.read_text().split()) if fleets.alive(pid)]
-        if len(workers) < WORKERS:  # kills that come faster than starts would end the job, and should
+        living = [pid for pid in map(int, pids.read_text().split()) if fleets.alive(pid)]
+        if len(living) < WORKERS:  # kills that come faster than starts would end the job, and should
             continue
         if moments.random() < job_too:
             os.kill(child, signal.SIGKILL)
         else:
-            os.kill(moments.choice(workers), signal.SIGKILL)
+            os.kill(moments.choice(living), signal.SIGKILL)
             kills += 1
 
 
