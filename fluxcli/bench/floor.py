@@ -14,11 +14,12 @@ from torch import Tensor
 from fluxcli.core.records import ShapeKey
 from fluxcli.engine.attention.backends import Attention
 from fluxcli.engine.matmul.scaled import E4M3, Scaled, store
-from fluxcli.engine.nets.flux1 import MLP_RATIO, FluxConfig
+from fluxcli.engine.nets.flux1 import FluxConfig
 from fluxcli.engine.runtime import stopwatch
 from fluxcli.engine.runtime.device import DTYPES
 from fluxcli.engine.runtime.graphs import Captured
 from fluxcli.engine.runtime.tuner import FAULTS, Tuner
+from fluxcli.models.flux1.targets import MLP_RATIO
 
 _TURN_S = 0.05
 _ROWS = 4096  # that are made smaller at once

@@ -85,7 +85,7 @@ def calibrate(
     engine.warm_up(shapes)
     measured = []
     for index, (key, record) in enumerate(zip(keys, records, strict=True)):
-        measured.append(engine.ratios(Batch(index, key, steps, [record])))
+        measured.append(engine.ratios(Batch(index, key, steps, [record], adapters=record.adapters)))
         say(f"{index + 1} of {len(records)} measured: {key}, {steps} steps")
     ratios = list(map(fmean, zip(*measured, strict=True)))
     step_cache.write(output, checkpoint.label, len(records), ratios)

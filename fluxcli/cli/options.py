@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fluxcli.cli.types import BatchSize, Device, Finite, Gpus, Numbers, Side
+from fluxcli.cli.types import BatchSize, Device, Finite, Gpus, Lora, Numbers, Side
 from fluxcli.core import config
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ class Rows:
     steps: int | None
     guidance: float | None
     seed: int
+    lora: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -197,6 +198,12 @@ row_options = _group(
         metavar="N",
         help="Of gen's first image; a row without one derives its own from this and its id.",
     ),
+    click.option(
+        "--lora",
+        type=Lora(),
+        multiple=True,
+        help="An adapter, a .safetensors file, for every image whose row names none. May be given several times.",
+    ),
 )
 format_options = _group(
     "files",
@@ -264,5 +271,6 @@ def _read_config(ctx: click.Context, param: click.Parameter, path: str | None) -
         if (whole and type(value) is not int) or (flag and type(value) is not bool):
             wanted = "an integer" if whole else "true or false"
             raise click.BadParameter(f"{path}: {key} must be {wanted}, got {value!r}", ctx, param)
-        defaults[str(option.name)] = tuple(value) if isinstance(value, list) else value
+        several = isinstance(option, click.Option) and option.multiple and not isinstance(value, list)
+        defaults[str(option.name)] = (value,) if several else tuple(value) if isinstance(value, list) else value
     ctx.default_map = {**(ctx.default_map or {}), **defaults}

@@ -100,4 +100,6 @@ def _row_defaults(checkpoint: "Checkpoint", rows: "Rows") -> config.RowDefaults:
         num_inference_steps=rows.steps or own.num_inference_steps,
         guidance_scale=own.guidance_scale if rows.guidance is None or not checkpoint.takes_guidance else rows.guidance,
         seed=rows.seed,
+        adapters=tuple(checkpoint.adapters.adapter(path, scale) for path, scale in rows.lora),
+        adapter=checkpoint.adapters.adapter,
     )

@@ -1,6 +1,7 @@
 """What the command line's options take, checked and named in their own errors."""
 
 import math
+import os
 from typing import Any
 
 import click
@@ -105,6 +106,23 @@ class BatchSize(_Type):
         if not 1 <= size <= MOST_IMAGES:
             self.fail(f"{value!r} is neither 1 to {MOST_IMAGES} nor auto", param, ctx)
         return size
+
+
+class Lora(_Type):
+    """An adapter's path and scale. What follows the last = is the scale, where the whole is no file."""
+
+    name = "PATH[=SCALE]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, float]:
+        if isinstance(value, tuple):
+            return value
+        path, scale = str(value), 1.0
+        if "=" in path and not os.path.exists(path):
+            path, _, number = path.rpartition("=")
+            scale = Finite().convert(number, param, ctx)
+        if not os.path.isfile(os.path.expanduser(path)):  # told before a model is downloaded
+            self.fail(f"{path}: no such file", param, ctx)
+        return path, scale
 
 
 class Finite(_Type):

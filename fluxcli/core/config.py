@@ -1,7 +1,10 @@
 """Frozen settings of a run, complete before anything starts. "auto" is resolved before these are made."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
+from fluxcli.core.errors import ModelError
+from fluxcli.core.records import Adapter, Adapters
 from fluxcli.core.step_cache import OFF, StepCache
 
 TEXT_LENGTHS = (64, 128, 256, 512)
@@ -16,10 +19,15 @@ MAX_STEPS = 1000  # denoising steps that a row may ask for
 FORMATS = ("png", "jpg", "webp")
 
 
+def _no_adapter(path: str, scale: float) -> Adapter:
+    raise ModelError(f"{path}: no model to hold it against")
+
+
 @dataclass(frozen=True)
 class RowDefaults:
     """What an input row gets where it says nothing, and the step cache, which a row has no say in. `guidance_scale` is
-    None where the model takes none."""
+    None where the model takes none. `adapter` looks a file up, by path and scale, that a row names; ModelError where
+    the model cannot take it."""
 
     width: int
     height: int
@@ -27,6 +35,8 @@ class RowDefaults:
     guidance_scale: float | None
     seed: int = 0
     step_cache: StepCache = OFF
+    adapters: Adapters = ()
+    adapter: Callable[[str, float], Adapter] = field(default=_no_adapter, compare=False)
 
 
 @dataclass(frozen=True)

@@ -29,13 +29,30 @@ class ShapeKey(NamedTuple):
         return f"{self.batch_size} x {self.width}x{self.height}, text {self.text_length}"
 
 
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """A LoRA file as an image uses it: `path` as it was given, its SHA-256, and what its difference is multiplied by.
+    Two are one where hash and scale are, wherever they lie."""
+
+    path: str = field(compare=False)
+    sha256: str
+    scale: float
+
+    def as_row(self) -> dict[str, Any]:
+        return {"path": self.path, "sha256": self.sha256, "scale": self.scale}
+
+
+Adapters = tuple[Adapter, ...]  # what an image is made with; none is the model as it is
+
+
 class Group(NamedTuple):
-    """Rows of one group may share a batch: one shape, one number of steps."""
+    """Rows of one group may share a batch: one shape, one number of steps, one set of adapters."""
 
     height: int
     width: int
     text_length: int
     num_inference_steps: int
+    adapters: Adapters = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +74,7 @@ class PromptRecord:
     meta: dict[str, Any] = field(default_factory=dict)
     text_tokens: int = 0
     text_length: int = 0
+    adapters: Adapters = ()
 
     @property
     def truncated(self) -> bool:
@@ -64,19 +82,21 @@ class PromptRecord:
 
     @property
     def group(self) -> Group:
-        return Group(self.height, self.width, self.text_length, self.num_inference_steps)
+        return Group(self.height, self.width, self.text_length, self.num_inference_steps, self.adapters)
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Records that run together at `key`; there may be fewer of them than `key.batch_size`. `mask` has a 1 for each
-    step that evaluates the blocks and a 0 for each other; nothing where all do."""
+    """Records that run together at `key`, all with the same `adapters`; there may be fewer of them than
+    `key.batch_size`. `mask` has a 1 for each step that evaluates the blocks and a 0 for each other; nothing where all
+    do."""
 
     index: int
     key: ShapeKey
     num_inference_steps: int
     records: Sequence[PromptRecord]
     mask: str = ""
+    adapters: Adapters = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,9 @@
 """Text from elsewhere made safe for a terminal: a prompt, a file's or a column's name may hold codes that move the
 cursor, change the title or turn the line around."""
 
+import json
 import re
+from typing import Any
 
 # C0 (line ends and tabs aside), DEL, C1 with CSI, marks and overrides of direction, line separators, and halves of
 # surrogate pairs, which no encoding takes.
@@ -16,6 +18,12 @@ def printable(text: str) -> str:
 def printable_line(text: str) -> str:
     """As `printable`, and line ends and tabs too: for text of a user's within a line of ours."""
     return printable(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
+def show(value: Any) -> str:
+    """A value for a message: as JSON, short."""
+    text = printable(json.dumps(value, ensure_ascii=False, default=str))
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _escaped(match: re.Match[str]) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fluxcli.core.config import EngineConfig
-from fluxcli.core.records import Batch, PromptRecord, ShapeKey, WarmUp
+from fluxcli.core.records import Adapters, Batch, PromptRecord, ShapeKey, WarmUp
 from fluxcli.engine import denoise, memory, step_cache
 from fluxcli.engine.attention.backends import Attend, Attention, check, sdpa
 from fluxcli.engine.denoise import Moment, Steps
@@ -29,6 +29,7 @@ from fluxcli.engine.runtime.tuner import Tuner
 from fluxcli.engine.text import EmbeddingCache, TextEncoders
 from fluxcli.engine.vae import Decoder
 from fluxcli.engine.weights.fill import load_transformer
+from fluxcli.engine.weights.merging import Merged
 from fluxcli.models.checkpoints import Checkpoint
 
 _CHOICES = "choices.json"  # in the compile cache
@@ -83,12 +84,14 @@ class Engine:
             self._schedule = denoise.Schedule(checkpoint.directory / "scheduler")
             self._text = TextEncoders(checkpoint, self._device, self._dtype, self.memory.visiting_text)
             self._decoder = Decoder(checkpoint, self._device, self._dtype, config.compile)
+        slots = {"transformer": self._flux.slots(), **self._text.slots()}
+        self._merged = Merged(checkpoint, slots, self._device, self._dtype, self.memory.spare)
         self._embeddings = EmbeddingCache()
         self._channels = self._flux.config.in_channels // denoise.PATCH**2
         self._prepared: dict[ShapeKey, _Prepared] = {}
         self._kept = step_cache.Kept(self._device, self._dtype)
         if config.compile and not self._cuda:  # on CUDA the blocks are made of fused kernels already
-            _compile_blocks(self._flux.double_blocks, self._flux.single_blocks)
+            self._flux.compile_blocks()
 
     @property
     def replays(self) -> int:
@@ -105,6 +108,11 @@ class Engine:
     def attend(self) -> Attend:
         """The attention of its steps, likewise."""
         return self._attend
+
+    @property
+    def merged(self) -> Merged:
+        """The adapters in its weights, likewise."""
+        return self._merged
 
     @torch.inference_mode()
     def warm_up(self, keys: Iterable[ShapeKey], report: Callable[[WarmUp], None] = lambda one: None) -> list[WarmUp]:
@@ -160,12 +168,14 @@ class Engine:
             added = self._prepare(self._at_once(batch.key)).added
             assert added is not None
             norms = step_cache.Norms(added)
+            self._use(batch.adapters)
             txt, vec = self._encode(batch.key, [record.prompt for record in batch.records])
             self._denoise(batch, batch.records, txt, vec, norms.watched)
             return norms.ratios()
 
     def _submit(self, batch: Batch) -> InFlight:
         self._prepare(self._at_once(batch.key))
+        self._use(batch.adapters)
         records = [*batch.records, *[batch.records[-1]] * (batch.key.batch_size - len(batch.records))]
         clock = Clock(self._cuda)
         with one_thread() if self._singly else nullcontext():
@@ -180,6 +190,10 @@ class Engine:
         pixels, finite = self._decoder(denoise.unpack(img, *self._latent_size(batch.key)))
         clock.mark()
         return InFlight(batch, *self._to_host(pixels, finite), clock)
+
+    def _use(self, adapters: Adapters) -> None:
+        if self._merged.use(adapters):
+            self._embeddings = EmbeddingCache()
 
     def _encode(self, key: ShapeKey, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """(txt [B, L, D], vec [B, width]); prompts that were encoded lately are not encoded again."""
@@ -300,12 +314,3 @@ class Engine:
         arrived = torch.cuda.Event()
         arrived.record(self._copies)
         return host[0], host[1], arrived
-
-
-def _compile_blocks(*stacks: torch.nn.ModuleList) -> None:
-    """Compiles the two block functions. All blocks of a stack have one shape and so share one compiled function per
-    ShapeKey; the limit on recompilations is lifted because a job may have many shapes."""
-    torch._dynamo.config.recompile_limit = 10_000
-    torch._dynamo.config.accumulated_recompile_limit = 100_000
-    for block in (block for stack in stacks for block in stack):
-        block.compile(fullgraph=True, dynamic=False)

@@ -51,6 +51,11 @@ class MemoryPlan:
     needed: int = 0
     available: int = 0
 
+    @property
+    def spare(self) -> int:
+        """Bytes that nothing else will need."""
+        return max(0, self.available - self.needed)
+
 
 class Needs:
     """Bytes that one checkpoint needs in one dtype, with the denoiser's blocks in 8 bits where `fp8`, and with what a

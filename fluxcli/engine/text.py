@@ -37,6 +37,14 @@ class TextEncoders:
         self._t5 = load_part(checkpoint, "text_encoder_2", device, dtype, "encoder.block" if visiting else None)
         self._captured: dict[int, Captured[tuple[Tensor, Tensor]]] = {}
 
+    def slots(self) -> dict[str, list[tuple[str, Tensor]]]:
+        """(name, values) of every tensor of each part."""
+        parts = {"text_encoder": self._clip, "text_encoder_2": self._t5}
+        return {
+            part: [(name.removeprefix("text_model."), each.data) for name, each in model.named_parameters()]
+            for part, model in parts.items()
+        }
+
     def capture(self, length: int, pool: "Pool") -> None:
         if length not in self._captured:
             ids = self._ids(["a prompt"] * TEXT_BATCH, length)

@@ -64,10 +64,12 @@ class Job:
             "revision": self.checkpoint.revision,
             "fingerprint": self.checkpoint.fingerprint(_known_fingerprint(self.directory)),
         }
+        adapters = self.defaults.adapters
         options = {
             "dtype": self.engine.dtype,
             **({"quantization": self.engine.quantization} if self.engine.fp8 else {}),
             **({"step_cache": str(self.defaults.step_cache)} if self.defaults.step_cache.on else {}),
+            **({"lora": [f"{each.sha256}={each.scale:g}" for each in adapters]} if adapters else {}),
             "text_lengths": list(self.text_lengths),
             "width": self.defaults.width,
             "height": self.defaults.height,

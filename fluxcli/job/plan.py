@@ -3,8 +3,9 @@
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
-from fluxcli.core.records import Group, ShapeKey
+from fluxcli.core.records import Adapters, Group, ShapeKey
 from fluxcli.core.step_cache import StepCache
 
 ATTENTION = 18_400  # tokens of an image at which FLUX.1's attention costs as much as its matmuls
@@ -19,6 +20,7 @@ class PlannedBatch:
     key: ShapeKey
     num_inference_steps: int
     rows: Sequence[int]
+    adapters: Adapters = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +31,13 @@ class Plan:
     def at_own_size(self, batch: PlannedBatch, rows: Sequence[int]) -> PlannedBatch:
         """Some of a batch's rows as a batch of their own."""
         key = batch.key._replace(batch_size=_size(len(rows), self.sizes))
-        return PlannedBatch(key, batch.num_inference_steps, rows)
+        return PlannedBatch(key, batch.num_inference_steps, rows, batch.adapters)
+
+    @property
+    def swaps(self) -> int:
+        """How often one engine changes its adapters, which at first are none."""
+        sets = [(), *(batch.adapters for batch in self.batches)]
+        return sum(before != after for before, after in pairwise(sets))
 
     def shapes(self) -> list[ShapeKey]:
         """Every shape the plan needs, largest first: the order to compile and capture them in."""
@@ -69,7 +77,8 @@ def plan(
     sizes: Sequence[int] | None = None,
     prompts: Sequence[int] | None = None,
 ) -> Plan:
-    """Batches of at most `batch_size` rows of one group each, largest shapes first, rows in input order within a group.
+    """Batches of at most `batch_size` rows of one group each: one set of adapters after the other, none of them first,
+    so that each is merged once; of each set the largest shapes first, rows in input order within a group.
 
     Args:
         groups: each row's group, in input order.
@@ -83,7 +92,9 @@ def plan(
     for row, group in enumerate(groups):
         rows_of.setdefault(group, array("q")).append(row)
     batches = []
-    for group in sorted(rows_of, key=_work, reverse=True):
+    met = dict.fromkeys(((), *(group.adapters for group in rows_of)))
+    sets = {adapters: number for number, adapters in enumerate(met)}
+    for group in sorted(rows_of, key=lambda group: (-sets[group.adapters], _work(group)), reverse=True):
         rows = rows_of[group]
         if prompts is not None:
             rows = array("q", sorted(rows, key=prompts.__getitem__))
@@ -91,7 +102,7 @@ def plan(
         for start in range(0, len(rows), size):
             part = rows[start : start + size]
             key = ShapeKey(_size(len(part), sizes), group.height, group.width, group.text_length)
-            batches.append(PlannedBatch(key, group.num_inference_steps, part))
+            batches.append(PlannedBatch(key, group.num_inference_steps, part, group.adapters))
     return Plan(tuple(batches), None if sizes is None else tuple(sizes))
 
 
@@ -101,4 +112,4 @@ def _size(rows: int, sizes: Sequence[int] | None) -> int:
 
 def _work(group: Group) -> tuple[int, ...]:
     shape = ShapeKey(1, group.height, group.width, group.text_length)
-    return (shape.tokens(), group.num_inference_steps, *group)
+    return (shape.tokens(), group.num_inference_steps, group.height, group.width, group.text_length)

@@ -49,7 +49,8 @@ def made(
     steps = records[0].num_inference_steps
     for index, start in enumerate(range(0, len(records), batch_size)):
         part = records[start : start + batch_size]
-        yield part, engine.submit(Batch(index, _key(part), steps, part, step_cache.mask(steps))).result()
+        batch = Batch(index, _key(part), steps, part, step_cache.mask(steps), part[0].adapters)
+        yield part, engine.submit(batch).result()
 
 
 def generate(

@@ -13,6 +13,7 @@ from fluxcli.core.config import MAX_STEPS, RowDefaults
 from fluxcli.core.errors import ModelError
 from fluxcli.core.family import Family
 from fluxcli.models import hub
+from fluxcli.models.adapters.library import Library
 from fluxcli.models.configs import transformer_config
 from fluxcli.models.directory import INDEX, check, class_of, what_instead
 from fluxcli.models.files import read_json, shown
@@ -68,6 +69,11 @@ class Checkpoint:
     def takes_guidance(self) -> bool:
         return bool(self.transformer["guidance_embeds"])
 
+    @cached_property
+    def adapters(self) -> Library:
+        """What is known of adapter files for it."""
+        return Library(self)
+
     def row_defaults(self) -> RowDefaults:
         """What the model itself suggests: its fluxcli.json where it has one, else its family's habits.
 
@@ -93,6 +99,7 @@ class Checkpoint:
                 lambda steps: 1 <= steps <= MAX_STEPS,
             ),
             guidance_scale=family.guidance if self.takes_guidance else None,
+            adapter=self.adapters.adapter,
         )
 
     def fingerprint(self, known: str | None = None) -> str:

@@ -25,10 +25,9 @@ from fluxcli.engine.layers.rope import QKNorm, Rope, qk_norm_rope_
 from fluxcli.engine.matmul.gemm import Multiply
 from fluxcli.engine.matmul.scaled import Scaled
 from fluxcli.models.flux1.names import Names, diffusers
+from fluxcli.models.flux1.targets import MLP_RATIO, TIME_CHANNELS
 
-MLP_RATIO = 4  # fixed in FLUX.1; the config does not carry it
-TIME_CHANNELS = 256  # likewise: sinusoids of the timestep and guidance embeddings
-ROPE_THETA = 10_000  # likewise
+ROPE_THETA = 10_000  # fixed in FLUX.1; the config does not carry it
 
 Slots = Iterator[tuple[str, Tensor | Scaled]]  # (name in the checkpoint, where its values go)
 
@@ -232,6 +231,14 @@ class Flux(nn.Module):
         """The image stream [B, I, D] -> velocity [B, I, in_channels]."""
         scale, shift = mod[:, -2], mod[:, -1]  # in this order in the checkpoint
         return self.final_layer(img.norm(Modulation(shift, scale), fp8=False)[1])
+
+    def compile_blocks(self) -> None:
+        """Has torch compile the two block functions. All blocks of a stack have one shape and so share one compiled
+        function per ShapeKey; the limit on recompilations is lifted because a job may have many shapes."""
+        torch._dynamo.config.recompile_limit = 10_000
+        torch._dynamo.config.accumulated_recompile_limit = 100_000
+        for block in (*self.double_blocks, *self.single_blocks):
+            block.compile(fullgraph=True, dynamic=False)
 
     def slots(self, names: Names = diffusers) -> Slots:
         """Every tensor of a checkpoint with such names, with the view that holds it here."""

@@ -1,12 +1,12 @@
 """A checkpoint's parts, built and filled: from its files, or with made-up values."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fluxcli.core.errors import ModelError, first_line
 from fluxcli.engine.matmul.gemm import Multiply
@@ -50,6 +50,26 @@ def load_transformer(
     part = checkpoint.family.parts["transformer"]
     with paired(model.slots(), directory, part.package, part.ignored) as pairs, copying(pairs):
         yield model
+
+
+def read_transformer(checkpoint: Checkpoint, slots: Mapping[str, Tensor], device: str, dtype: torch.dtype) -> None:
+    """Fills `slots`, tensors of `dtype` by diffusers' names, with the denoiser's values as its files have them: of a
+    model whose own weights are in 8 bits. Not every tensor need be there.
+
+    Raises:
+        ModelError: what is wrong with the files.
+    """
+    with torch.device("meta"), default_dtype(dtype):
+        model = Flux(FluxConfig.from_json(checkpoint.transformer), Reference())
+    wanted = [(name, slots.get(name, slot)) for name, slot in model.slots()]
+    if checkpoint.random:
+        fill_random(wanted, device, dtype)
+        return
+    part = checkpoint.family.parts["transformer"]
+    with paired(wanted, checkpoint.directory / "transformer", part.package, part.ignored) as pairs:
+        targets = set(map(id, slots.values()))
+        with copying([pair for pair in pairs if id(pair[0]) in targets]):
+            pass
 
 
 def load_part(checkpoint: Checkpoint, part: str, device: str, dtype: torch.dtype, visitors: str | None = None) -> Any:

@@ -10,14 +10,14 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from fluxcli import __version__
 from fluxcli.core.config import ImageFormat
 from fluxcli.core.errors import DeviceError, FluxcliError, OutOfMemory, Remark
-from fluxcli.core.records import Batch, Failure, PromptRecord, ShapeKey
+from fluxcli.core.records import Adapter, Batch, Failure, PromptRecord, ShapeKey
 from fluxcli.job.fleet.wire import Message, Wire
 from fluxcli.job.output.sink import FileSink, Written
 from fluxcli.job.run.lanes import Engine, LocalLane, Made
@@ -129,8 +129,9 @@ class _Server:
             for one in lane.warm_up([key]):
                 self._tell("warmed", **asdict(one))
             self._warm.add(key)
-        records = [PromptRecord(*record) for record in lease["records"]]
-        batch = Batch(lease["index"], key, lease["steps"], records, lease["mask"])
+        adapters = tuple(Adapter(*each) for each in lease["adapters"])
+        records = [replace(PromptRecord(*record), adapters=adapters) for record in lease["records"]]
+        batch = Batch(lease["index"], key, lease["steps"], records, lease["mask"], adapters)
         if (len(records) or key.batch_size) > lane.limit(key):
             self._failed(lane, batch, "out_of_memory", f"no memory for {key}")
             return

@@ -1,6 +1,7 @@
 """A worker as the job sees it: a lane whose engine is another process, what it holds, and what it did."""
 
 import math
+import os
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -10,7 +11,7 @@ from typing import Any
 from fluxcli import __version__
 from fluxcli.core.errors import FluxcliError
 from fluxcli.core.files import temporary_name
-from fluxcli.core.records import Batch, Failure, PromptRecord, ShapeKey, Timing, WarmUp
+from fluxcli.core.records import Adapter, Adapters, Batch, Failure, PromptRecord, ShapeKey, Timing, WarmUp
 from fluxcli.core.terminal import printable_line
 from fluxcli.job.fleet import wire
 from fluxcli.job.fleet.deadlines import Deadlines
@@ -86,6 +87,7 @@ class Worker:
         self.begun = self.first_begun = 0.0  # when it was ready: this process, and the first
         self._limits: dict[ShapeKey, int] = {}
         self._shapes: set[ShapeKey] = set()  # handed out to this process
+        self.adapters: Adapters = ()  # of the latest batch handed out to it
         self._warm: set[ShapeKey] = set()
         self._stopping = False
         self._heard = 0.0
@@ -96,6 +98,7 @@ class Worker:
         self.facts.starts += 1
         self.begun = 0.0
         self._shapes.clear()
+        self.adapters = ()
         self._warm.clear()
         self._heard = self._started = time.monotonic()
         process.wire.send(self._start)
@@ -136,6 +139,7 @@ class Worker:
             self._heard = time.monotonic()
         self.leases[batch.index] = Lease(batch, places, alone)
         self._shapes.add(batch.key)
+        self.adapters = batch.adapters
         self.process.wire.send(
             {
                 "kind": "lease",
@@ -143,6 +147,7 @@ class Worker:
                 "key": batch.key,
                 "steps": batch.num_inference_steps,
                 "mask": batch.mask,
+                "adapters": [_plain_adapter(each) for each in batch.adapters],
                 "records": [_plain(record) for record in batch.records],
                 "places": places,
             }
@@ -265,6 +270,10 @@ class Worker:
 
 _ERRORS = ("out_of_memory", "engine_error", "non_finite", "encode_error")
 _FAULTS = ("disk", "user", "device")
+
+
+def _plain_adapter(adapter: Adapter) -> tuple[str, str, float]:
+    return os.path.abspath(os.path.expanduser(adapter.path)), adapter.sha256, adapter.scale
 
 
 def _plain(record: PromptRecord) -> list[Any]:

@@ -2,15 +2,15 @@
 of keys in the contract is the table `check_row` reads by."""
 
 import hashlib
-import json
 import math
 import re
 from typing import Any, NamedTuple
 
 from fluxcli.core.config import MAX_STEPS, RowDefaults
 from fluxcli.core.errors import RowError
-from fluxcli.core.records import PromptRecord
-from fluxcli.core.terminal import printable
+from fluxcli.core.records import Adapters, PromptRecord
+from fluxcli.core.terminal import show
+from fluxcli.job.input.adapters import adapters_of
 from fluxcli.job.input.keys import NO_COLUMNS, Columns, Schema, schema_of
 from fluxcli.models.flux1.family import FLUX1
 
@@ -34,6 +34,7 @@ class Checked(NamedTuple):
     num_inference_steps: int
     guidance_scale: float | None
     line: int
+    adapters: Adapters = ()
 
 
 def check_row(
@@ -42,7 +43,8 @@ def check_row(
     """The records of `images_of` a row, what is no setting in it as their `meta`."""
     schema = schema_of(row, columns)
     meta = {key: row[key] for key in schema.unknown}
-    return [PromptRecord(*image, meta) for image in images_of(row, schema, index, line, defaults)]
+    images = images_of(row, schema, index, line, defaults)
+    return [PromptRecord(*image[:-1], meta, adapters=image.adapters) for image in images]
 
 
 def images_of(row: dict[str, Any], schema: Schema, index: int, line: int, defaults: RowDefaults) -> list[Checked]:
@@ -65,7 +67,7 @@ def images_of(row: dict[str, Any], schema: Schema, index: int, line: int, defaul
         if not prompt.strip():
             raise RowError("prompt is empty")
         width, height, steps = defaults.width, defaults.height, defaults.num_inference_steps
-        guidance, copies, seed = defaults.guidance_scale, 1, -1
+        guidance, copies, seed, adapters = defaults.guidance_scale, 1, -1, defaults.adapters
         if len(given) > 1:  # most rows of a large job give their prompt alone
             if given.get("size") is not None:
                 given |= _size_of(given)
@@ -77,6 +79,8 @@ def images_of(row: dict[str, Any], schema: Schema, index: int, line: int, defaul
             guidance = _guidance(given, guidance)
             copies = _integer("num_images", given, 1, MAX_IMAGES_PER_ROW, copies)
             seed = _seed(given)
+            if given.get("lora") is not None:
+                adapters = adapters_of(given["lora"], defaults)
         if copies > 1 and len(id) + 1 + len(str(copies - 1)) > 128:
             raise RowError(f"id is too long for num_images: {id}-{copies - 1} has more than 128 characters")
         if seed + copies - 1 > MAX_SEED:
@@ -86,11 +90,12 @@ def images_of(row: dict[str, Any], schema: Schema, index: int, line: int, defaul
         raise
     if copies == 1:
         own = derived_seed(defaults.seed, id) if seed < 0 else seed
-        return [Checked(id, prompt, own, width, height, steps, guidance, line)]
+        return [Checked(id, prompt, own, width, height, steps, guidance, line, adapters)]
     ids = [f"{id}-{copy}" for copy in range(copies)]
     seeds = [derived_seed(defaults.seed, each) if seed < 0 else seed + copy for copy, each in enumerate(ids)]
     return [
-        Checked(each, prompt, own, width, height, steps, guidance, line) for each, own in zip(ids, seeds, strict=True)
+        Checked(each, prompt, own, width, height, steps, guidance, line, adapters)
+        for each, own in zip(ids, seeds, strict=True)
     ]
 
 
@@ -208,12 +213,6 @@ def _guidance(given: dict[str, Any], default: float | None) -> float | None:
     if not math.isfinite(number):
         raise RowError("guidance_scale must be a finite number")
     return None if default is None else number  # a model without a guidance embedding has no use for it
-
-
-def show(value: Any) -> str:
-    """A value for a message: as JSON, short, and safe for a terminal."""
-    text = printable(json.dumps(value, ensure_ascii=False, default=str))
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _name(key: str) -> str:

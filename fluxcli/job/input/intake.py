@@ -119,7 +119,8 @@ class Intake:
         """Images of one row: (copy, record) each. `first` is the first image with this prompt."""
         text_length = bucket(tokens, self.text_lengths)
         for copy, record in wanted:
-            self.groups.append(Group(record.height, record.width, text_length, record.num_inference_steps))
+            steps, adapters = record.num_inference_steps, record.adapters
+            self.groups.append(Group(record.height, record.width, text_length, steps, adapters))
             self.prompts.append(first)
             self._offset.append(raw.offset)
             self._digest.append(raw.digest)

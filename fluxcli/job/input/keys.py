@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 _SETTINGS = (
     *("prompt", "id", "seed", "width", "height", "size"),
-    *("num_inference_steps", "guidance_scale", "num_images"),
+    *("num_inference_steps", "guidance_scale", "num_images", "lora"),
 )
 _ALIASES = {
     "custom_id": "id",
@@ -25,7 +25,7 @@ ROW_NAMES = frozenset((*_SPELLINGS, BODY, _NEGATIVE, "meta"))
 _FOREIGN_NAMES = """
     cfg cfgscale truecfg truecfgscale distilledcfgscale distilledguidance guidancestrength
     prompt2 negativeprompt2 promptembeds pooledpromptembeds clipskip maxsequencelength
-    lora loras lorascale loraweight loraweights lorapath adapter adapters adapterweights
+    loras lorascale loraweight loraweights lorapath adapter adapters adapterweights
     sampler samplername samplerindex scheduler sigmas timesteps numsteps numinferencestep inferencesteps samplingsteps
     denoisingsteps w h widthpx heightpx imagewidth imageheight imagesize aspectratio resolution
     image images initimage inputimage imageurl maskimage mask controlimage controlnet ipadapterimage ipadapter

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from fluxcli.core.errors import InputError, RowError
-from fluxcli.job.input.check import show
+from fluxcli.core.terminal import show
 from fluxcli.job.input.document import Broken, Element, document_kind, elements
 from fluxcli.job.input.keys import BODY, NO_COLUMNS, ROW_NAMES, Columns, setting_of, with_body
 from fluxcli.job.input.raw import archives, encoding, parquet

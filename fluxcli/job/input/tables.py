@@ -7,8 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from fluxcli.core.errors import InputError, RowError
-from fluxcli.core.terminal import printable
-from fluxcli.job.input.check import show
+from fluxcli.core.terminal import printable, show
 from fluxcli.job.input.keys import Columns, setting_of
 from fluxcli.job.input.raw.encoding import bad_byte
 from fluxcli.job.input.raw.lines import MAX_LINE, lines, too_long

@@ -15,7 +15,7 @@ from fluxcli.core.files import kind_of
 from fluxcli.core.records import PromptRecord
 from fluxcli.job.output import sound
 from fluxcli.job.output.log import RowLog, Tail
-from fluxcli.job.output.rows import ID, SHARD, SUFFIX, ManifestRow
+from fluxcli.job.output.rows import ID, SHARD, SUFFIX, ManifestRow, check_adapters
 from fluxcli.job.output.sink import Entry, FileSink, may_remove, nanoseconds
 
 _STOPS_AT = 3  # altered images that a start names
@@ -31,6 +31,7 @@ _CANONICAL = re.compile(
     r'"sha256": "[0-9a-f]{64}", '
     rf'("seed": {_INTEGER}, "width": {_INTEGER}, "height": {_INTEGER}, "num_inference_steps": {_INTEGER}, '
     r'"guidance_scale": (?:null|(?:0|[1-9][0-9]{0,8})\.(?:0|[0-9]{0,9}[1-9])))'
+    r'(?:, "lora": (\[[^][\x00-\x1f]++\]))?+'
     rf'(?:, "quantization": "fp8")?+(?:, "step_cache": "1[01]*+", "evaluated_steps": {_INTEGER})?+'
     rf', "text_tokens": {_INTEGER}, "text_length": {_INTEGER}, "truncated": (?:true|false)'
     rf', "batch": {_FLAT}(?:, "worker": {_INTEGER})?+, "timing": {_FLAT}, "run": (0|[1-9][0-9]{{0,8}})'
@@ -68,14 +69,29 @@ def _canonical(line: bytes) -> Brief | None:
     found = _CANONICAL(line.decode())
     if found is None:
         return None
-    id, prompt, folder, name, settings, run, second, millisecond = found.groups()
+    id, prompt, folder, name, settings, lora, run, second, millisecond = found.groups()
     if "\\" in prompt:
         prompt = json.loads(prompt)
         prompt.encode()  # half a surrogate pair is no text
     else:
         prompt = prompt[1:-1]
     finished = _second(second) + int(millisecond) * 10**6
+    if lora is not None:
+        settings += _told(lora)
     return id, hash(settings + prompt) & _MASK, folder, name, finished, int(run), line
+
+
+@lru_cache(maxsize=4096)
+def _told(lora: str) -> str:
+    """The adapters of a row as `content` takes them."""
+    value = json.loads(lora)
+    if wrong := check_adapters(value):
+        raise ValueError(wrong)
+    return "".join(_of_adapter(each["sha256"], each["scale"]) for each in value)
+
+
+def _of_adapter(sha256: str, scale: float) -> str:
+    return f" {sha256} {float(scale)!r}"
 
 
 def content(row: ManifestRow | PromptRecord) -> int:
@@ -85,6 +101,10 @@ def content(row: ManifestRow | PromptRecord) -> int:
         f'"seed": {row.seed}, "width": {row.width}, "height": {row.height}, '
         f'"num_inference_steps": {row.num_inference_steps}, "guidance_scale": {guidance}'
     )
+    if isinstance(row, ManifestRow):
+        settings += "".join(_of_adapter(each["sha256"], each["scale"]) for each in row.lora or ())
+    else:
+        settings += "".join(_of_adapter(each.sha256, each.scale) for each in row.adapters)
     return hash(settings + row.prompt) & _MASK
 
 
@@ -278,4 +298,5 @@ _SETTINGS = ("prompt", "seed", "width", "height", "num_inference_steps", "guidan
 
 def record_settings(record: PromptRecord) -> dict[str, Any]:
     """The settings of one image, in manifest order: what its pixels depend on besides the job."""
-    return {name: getattr(record, name) for name in _SETTINGS}
+    adapters = [each.as_row() for each in record.adapters]
+    return {**{name: getattr(record, name) for name in _SETTINGS}, **({"lora": adapters} if adapters else {})}

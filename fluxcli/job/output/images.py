@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import struct
 import zlib
 from typing import TYPE_CHECKING, Any
@@ -48,6 +49,9 @@ def parameters(prompt: str, record: PromptRecord, model: str) -> str:
     settings = [f"Steps: {record.num_inference_steps}", "Sampler: Euler", "CFG scale: 1"]
     if record.guidance_scale is not None:
         settings.append(f"Distilled CFG Scale: {record.guidance_scale:.10g}")
+    if record.adapters:
+        names = (f"{os.path.basename(each.path)}:{each.scale:g}" for each in record.adapters)
+        settings.append(f"Lora: {_quoted(', '.join(names))}")
     settings += [f"Seed: {record.seed}", f"Size: {record.width}x{record.height}", f"Model: {_quoted(model)}"]
     prompt = prompt.replace("\0", " ")  # a NUL would end the text early in most readers
     return f"{prompt}\n{', '.join(settings)}"

@@ -86,6 +86,17 @@ def _guidance(value: Any) -> str | None:
     return None if good else "a number"
 
 
+def check_adapters(value: Any) -> str | None:
+    good = isinstance(value, list) and all(
+        isinstance(each, dict)
+        and isinstance(each.get("path"), str)
+        and not _sha256(each.get("sha256"))
+        and not _guidance(each.get("scale"))
+        for each in value
+    )
+    return None if good else 'a list of {"path": ..., "sha256": ..., "scale": ...}'
+
+
 def _error(value: Any) -> str | None:
     good = isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("type", "message"))
     return None if good else 'an object {"type": ..., "message": ...} of texts'
@@ -130,7 +141,8 @@ class ManifestRow(Row):
     height: Annotated[int, _size]
     num_inference_steps: Annotated[int, _whole(1, 10**6)]
     guidance_scale: Annotated[float | None, _or_null(_guidance)]
-    quantization: Annotated[str | None, _text] = None  # none is not written
+    lora: Annotated[list[Any] | None, check_adapters] = None  # none is not written, as of the next three
+    quantization: Annotated[str | None, _text] = None
     step_cache: Annotated[str | None, _mask] = None
     evaluated_steps: Annotated[int | None, _whole(1, 10**6)] = None
     text_tokens: Annotated[int | None, _count] = None

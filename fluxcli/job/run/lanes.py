@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, Generic, Protocol
 
 from fluxcli.core.errors import FluxcliError, OutOfMemory, first_line
-from fluxcli.core.records import Batch, Images, PromptRecord, ShapeKey, Timing, WarmUp
+from fluxcli.core.records import Adapters, Batch, Images, PromptRecord, ShapeKey, Timing, WarmUp
 from fluxcli.job.plan import Plan
 from fluxcli.job.run.queue import InOrder, Queue
 from fluxcli.job.run.writing import Place, Saving, Writer
@@ -57,6 +57,10 @@ class Lane(Protocol):
     @property
     def idle(self) -> bool:
         """Whether it holds no batch."""
+
+    @property
+    def adapters(self) -> Adapters:
+        """Those of the batch that it was given last."""
 
     def ready(self, key: ShapeKey) -> bool:
         """Whether batches of this shape need no getting ready here."""
@@ -114,6 +118,7 @@ class LocalLane(Generic[Place]):
         self._limits: dict[ShapeKey, int] = {}  # shape, its batch size zeroed -> largest batch known to fit
         self._flights: deque[tuple[Batch, Flight]] = deque()
         self._failed: list[Failed] = []
+        self.adapters: Adapters = ()
 
     def __enter__(self) -> "LocalLane[Place]":
         return self
@@ -160,6 +165,7 @@ class LocalLane(Generic[Place]):
         return self._limits.get(key._replace(batch_size=0), key.batch_size)
 
     def submit(self, batch: Batch, *, alone: bool = False) -> None:
+        self.adapters = batch.adapters
         try:
             self._flights.append((batch, self._engine.submit(batch)))
         except Exception as error:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-from fluxcli.core.records import ShapeKey
+from fluxcli.core.records import Adapters, ShapeKey
 from fluxcli.job.plan import Plan, PlannedBatch
 
 
@@ -23,6 +23,8 @@ class Taker(Protocol):
 
     @property
     def idle(self) -> bool: ...
+    @property
+    def adapters(self) -> Adapters: ...
     def ready(self, key: ShapeKey) -> bool: ...
 
 
@@ -61,14 +63,16 @@ class InOrder:
 class ByShape:
     """For several lanes, each of which gets as few shapes ready as it can: of the shapes it has ready it takes the
     largest; where those are used up, one that no lane has; then a share of the one with the most work for those who
-    have it. Suspects come last, to idle lanes."""
+    have it. Of a shape it goes on with the adapters that it has; then takes some that no lane has had; then the most
+    numerous. Suspects come last, to idle lanes."""
 
     def __init__(self, plan: Plan) -> None:
-        self._left: dict[ShapeKey, deque[PlannedBatch]] = {}
-        for batch in plan:
-            self._left.setdefault(batch.key, deque()).append(batch)
-        self._untaken = dict.fromkeys(self._left)  # in the plan's order: largest first
+        self._left: dict[ShapeKey, dict[Adapters, deque[PlannedBatch]]] = {}
+        for batch in sorted(plan, key=lambda batch: batch.key._replace(batch_size=1).tokens(), reverse=True):
+            self._of(batch).append(batch)
+        self._untaken = dict.fromkeys(self._left)  # largest first
         self._takers: dict[ShapeKey, int] = {}
+        self._had: set[Adapters] = set()  # by any lane
         self._suspects: deque[Work] = deque()
         self._batches = len(plan)
 
@@ -78,11 +82,20 @@ class ByShape:
     def take(self, lane: Taker) -> Work | None:
         if not self._left:
             return self._suspects.popleft() if self._suspects and lane.idle else None
-        key = next(filter(lane.ready, self._left), None) or self._another()
-        batches = self._left[key]
-        batch = batches.popleft()
+        ready = [key for key in self._left if lane.ready(key)]
+        going_on = (key for key in ready if lane.adapters in self._left[key])
+        key = next(going_on, None) or next(iter(ready), None) or self._another()
+        sets = self._left[key]
+        adapters = lane.adapters
+        if adapters not in sets:
+            most = max(sets, key=lambda each: len(sets[each]))
+            adapters = next((each for each in sets if each not in self._had), most)
+        self._had.add(adapters)
+        batch = sets[adapters].popleft()
         self._batches -= 1
-        if not batches:
+        if not sets[adapters]:
+            del sets[adapters]
+        if not sets:
             del self._left[key]
             self._untaken.pop(key, None)
         return Work(batch)
@@ -92,8 +105,12 @@ class ByShape:
             if work.suspect:
                 self._suspects.append(work)
             else:
-                self._left.setdefault(work.planned.key, deque()).appendleft(work.planned)
+                self._of(work.planned).appendleft(work.planned)
                 self._batches += 1
+
+    def _of(self, batch: PlannedBatch) -> deque[PlannedBatch]:
+        """What is left of a batch's kind."""
+        return self._left.setdefault(batch.key, {}).setdefault(batch.adapters, deque())
 
     def _another(self) -> ShapeKey:
         key = next(iter(self._untaken), None) or max(self._left, key=self._share)
@@ -103,5 +120,6 @@ class ByShape:
 
     def _share(self, key: ShapeKey) -> float:
         """Work left for each that takes it, in tokens times steps."""
-        batches = self._left[key]
-        return len(batches) * key.tokens() * batches[0].num_inference_steps / (self._takers.get(key, 0) + 1)
+        sets = [*self._left[key].values()]
+        batches, steps = sum(map(len, sets)), sets[0][0].num_inference_steps
+        return batches * key.tokens() * steps / (self._takers.get(key, 0) + 1)

@@ -72,7 +72,8 @@ class Runner:
         planned = work.planned
         steps = planned.num_inference_steps
         mask = self._intake.defaults.step_cache.mask(steps)
-        batch = Batch(self._index, planned.key, steps, self._intake.records(planned.rows), mask)
+        records = self._intake.records(planned.rows)
+        batch = Batch(self._index, planned.key, steps, records, mask, planned.adapters)
         self._submitted[self._index] = work
         self._index += 1
         lane.submit(batch, alone=work.suspect)

@@ -118,6 +118,7 @@ class Saver:
             height=record.height,
             num_inference_steps=record.num_inference_steps,
             guidance_scale=record.guidance_scale,
+            lora=[each.as_row() for each in record.adapters] or None,
             quantization=self._run.machine.get("quantization"),
             step_cache=batch.mask or None,
             evaluated_steps=batch.mask.count("1") or None,

@@ -1,0 +1,95 @@
+"""The adapters of one model: each file looked at once, whichever rows and options name it."""
+
+import hashlib
+import os
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fluxcli.core.errors import ModelError
+from fluxcli.core.records import Adapter
+from fluxcli.models.adapters.alpha import beside
+from fluxcli.models.adapters.changes import Change, changes
+from fluxcli.models.configs import read_config
+from fluxcli.models.files import open_regular
+from fluxcli.models.flux1 import targets
+from fluxcli.models.flux1.targets import Targets
+
+if TYPE_CHECKING:
+    from fluxcli.models.checkpoints import Checkpoint
+
+_MOST = 2**34  # bytes; the largest have some 5 GB
+
+
+class Library:
+    """Adapter files held against one checkpoint."""
+
+    def __init__(self, checkpoint: "Checkpoint") -> None:
+        self._checkpoint = checkpoint
+        self._targets: Mapping[str, Targets] | None = None
+        self._known: dict[str, str | ModelError] = {}
+
+    def adapter(self, path: str, scale: float = 1.0) -> Adapter:
+        """A file with its hash.
+
+        Raises:
+            ModelError: naming the file, and what keeps it from being an adapter of this model.
+        """
+        if path not in self._known:
+            try:
+                file = Path(path).expanduser()
+                self.changes(file)
+                self._known[path] = digest(file)
+            except ModelError as error:
+                self._known[path] = error
+        known = self._known[path]
+        if isinstance(known, ModelError):
+            raise known
+        return Adapter(path, known, scale)
+
+    def changes(self, path: Path) -> list[Change]:
+        """What a file changes of the model.
+
+        Raises:
+            ModelError: as `adapter`.
+        """
+        try:
+            about = path.stat()
+        except (OSError, ValueError) as error:
+            gone = "no such file" if isinstance(error, FileNotFoundError) else "cannot be read"
+            raise ModelError(f"{path}: {gone}; an adapter is a .safetensors file on this machine") from None
+        if stat.S_ISDIR(about.st_mode):
+            raise ModelError(f"{path}: is a directory; name the .safetensors file in it")
+        if about.st_size > _MOST:
+            raise ModelError(f"{path}: has {about.st_size:,} bytes; fluxcli reads adapters of at most {_MOST:,}")
+        if self._targets is None:
+            directory = self._checkpoint.directory
+            self._targets = {
+                "transformer": targets.transformer(self._checkpoint.transformer),
+                "text_encoder": targets.clip(read_config(directory / "text_encoder")),
+                "text_encoder_2": targets.t5(read_config(directory / "text_encoder_2")),
+            }
+        return changes(path, self._targets)
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of an adapter's bytes, and of PEFT's config behind them where it has one.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    taken = hashlib.sha256()
+    for file_name in (path, beside(path)):
+        if file_name is not None:
+            with open_regular(file_name) as file:
+                update(taken, file.fileno(), file_name)
+    return taken.hexdigest()
+
+
+def update(taken: "hashlib._Hash", descriptor: int, path: Path) -> None:
+    try:
+        while part := os.read(descriptor, 2**22):
+            taken.update(part)
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
