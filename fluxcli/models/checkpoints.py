@@ -14,7 +14,7 @@ from fluxcli.core.errors import ModelError
 from fluxcli.core.family import Family
 from fluxcli.models import hub
 from fluxcli.models.adapters.library import Library
-from fluxcli.models.configs import transformer_config
+from fluxcli.models.configs import read_config, transformer_config
 from fluxcli.models.directory import INDEX, check, class_of, what_instead
 from fluxcli.models.files import read_json, shown
 from fluxcli.models.fingerprint import VERSION, fingerprint, legacy_fingerprint
@@ -72,7 +72,7 @@ class Checkpoint:
     @cached_property
     def adapters(self) -> Library:
         """What is known of adapter files for it."""
-        return Library(self)
+        return Library(lambda part: self.transformer if part == "transformer" else read_config(self.directory / part))
 
     def row_defaults(self) -> RowDefaults:
         """What the model itself suggests: its fluxcli.json where it has one, else its family's habits.

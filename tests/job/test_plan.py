@@ -6,11 +6,13 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fluxcli.core.records import Group
+from fluxcli.core.records import Adapter, Group
 from fluxcli.job.plan import Plan, bucket, padded_sizes, plan
 
 _sides = st.sampled_from([64, 80, 512, 1024, 4096])
-_groups = st.builds(Group, _sides, _sides, st.sampled_from([64, 128, 512]), st.sampled_from([1, 4, 28]))
+ONE, TWO = Adapter("one", "1" * 64, 1.0), Adapter("two", "2" * 64, 0.5)
+_sets = st.sampled_from([(), (ONE,), (ONE, TWO)])
+_groups = st.builds(Group, _sides, _sides, st.sampled_from([64, 128, 512]), st.sampled_from([1, 4, 28]), _sets)
 _inputs = st.lists(_groups, max_size=40)
 _batch_sizes = st.integers(1, 9)
 _lengths = st.lists(st.integers(1, 512), min_size=1, max_size=5, unique=True).map(lambda each: tuple(sorted(each)))
@@ -27,11 +29,11 @@ def test_every_row_runs_exactly_once(groups: list[Group], batch_size: int) -> No
 
 
 @given(_inputs, _batch_sizes)
-def test_a_batch_mixes_neither_shapes_nor_steps(groups: list[Group], batch_size: int) -> None:
+def test_a_batch_mixes_neither_shapes_nor_steps_nor_adapters(groups: list[Group], batch_size: int) -> None:
     for planned in plans(groups, batch_size):
         for batch in planned:
             key = batch.key
-            group = Group(key.height, key.width, key.text_length, batch.num_inference_steps)
+            group = Group(key.height, key.width, key.text_length, batch.num_inference_steps, batch.adapters)
             assert {groups[row] for row in batch.rows} == {group}
 
 
@@ -69,14 +71,24 @@ def test_padded_sizes_ascend_to_the_batch_size_and_waste_less_than_half(batch_si
 
 
 @given(_inputs, _batch_sizes)
-def test_the_largest_shapes_come_first(groups: list[Group], batch_size: int) -> None:
+def test_the_largest_shapes_of_a_set_of_adapters_come_first(groups: list[Group], batch_size: int) -> None:
     for planned in plans(groups, batch_size):
-        images = [batch.key.height * batch.key.width // 256 + batch.key.text_length for batch in planned]
-        assert images == sorted(images, reverse=True)
+        for _, batches in itertools.groupby(planned, key=lambda batch: batch.adapters):
+            images = [batch.key.height * batch.key.width // 256 + batch.key.text_length for batch in batches]
+            assert images == sorted(images, reverse=True)
         shapes = planned.shapes()
         assert [key.tokens() for key in shapes] == sorted((key.tokens() for key in shapes), reverse=True)
         assert len(shapes) == len(set(shapes))
         assert set(shapes) == {batch.key for batch in planned}
+
+
+@given(_inputs, _batch_sizes)
+def test_each_set_of_adapters_is_merged_once_and_none_come_first(groups: list[Group], batch_size: int) -> None:
+    for planned in plans(groups, batch_size):
+        sets = [adapters for adapters, _ in itertools.groupby(batch.adapters for batch in planned)]
+        assert sorted(map(len, sets)) == sorted(map(len, {group.adapters for group in groups}))
+        assert () not in sets[1:]
+        assert planned.swaps == len([adapters for adapters in sets if adapters])
 
 
 @given(_inputs, _batch_sizes)
@@ -129,3 +141,9 @@ def test_each_group_may_have_its_own_batch_size() -> None:
     assert [(batch.key.height, batch.key.batch_size, len(batch.rows)) for batch in made] == [
         (128, 2, 2), (128, 1, 1), (64, 8, 8), (64, 2, 2),
     ]  # fmt: skip
+
+
+def test_adapters_are_told_apart_by_their_bytes_and_scales_not_by_their_paths() -> None:
+    same, halved = Adapter("elsewhere/one", ONE.sha256, 1.0), Adapter("one", ONE.sha256, 0.5)
+    groups = [Group(64, 64, 64, 4, (each,)) for each in (ONE, halved, same)]
+    assert [[*batch.rows] for batch in plan(groups, 8)] == [[0, 2], [1]]

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fluxcli.core.records import Failure
+from fluxcli.core.records import Adapters, Failure, Group
 from fluxcli.core.step_cache import OFF
 from fluxcli.core.terminal import printable_line
 from fluxcli.job.input.intake import Intake
@@ -12,23 +12,26 @@ from fluxcli.job.input.keys import Tally
 from fluxcli.job.plan import Plan, work
 from fluxcli.job.run.totals import Totals
 
+_SETS_SHOWN = 8
+
 
 def plan_data(intake: Intake, plan: Plan) -> dict[str, Any]:
     """The plan: buckets, groups of batches, padding, shapes to compile, and what is done or refused already.
 
     `text_padding` is the share of text tokens that are padding, `batch_padding` the share of images that are. With a
-    step cache `denoising` is the share of the denoiser's work that it leaves.
+    step cache `denoising` is the share of the denoiser's work that it leaves. With adapters `swaps` is how often one
+    engine merges a set of them, or takes the last one out again.
     """
     images, tokens = Counter[int](), Counter[int]()
     for count, text_length in intake.text_tokens():
         images[text_length] += 1
         tokens[text_length] += min(count, text_length)
     groups = Counter(
-        (batch.key.width, batch.key.height, batch.key.text_length, batch.num_inference_steps) for batch in plan
+        Group(batch.key.height, batch.key.width, batch.key.text_length, batch.num_inference_steps, batch.adapters)
+        for batch in plan
     )
-    in_group = Counter(
-        (group.width, group.height, group.text_length, group.num_inference_steps) for group in intake.groups
-    )
+    in_group = Counter(intake.groups)
+    adapted = any(group.adapters for group in in_group)
     step_cache = intake.defaults.step_cache
     slots = sum(batch.key.batch_size for batch in plan)
     text = sum(length * count for length, count in images.items())
@@ -51,17 +54,19 @@ def plan_data(intake: Intake, plan: Plan) -> dict[str, Any]:
         ],
         "groups": [
             {
-                "width": group[0],
-                "height": group[1],
-                "text_length": group[2],
-                "num_inference_steps": group[3],
-                **step_cache.told(group[3]),
+                "width": group.width,
+                "height": group.height,
+                "text_length": group.text_length,
+                "num_inference_steps": group.num_inference_steps,
+                **({"lora": _adapters(group.adapters)} if adapted else {}),
+                **step_cache.told(group.num_inference_steps),
                 "images": in_group[group],
                 "batches": batches,
             }
             for group, batches in groups.items()
         ],
         "batches": len(plan),
+        **({"adapters": _adapter_sets(in_group, plan)} if adapted else {}),
         "text_padding": _share(text, sum(tokens.values())),
         "batch_padding": _share(slots, len(intake.groups)),
         **({"denoising": _denoising(intake)} if step_cache.on else {}),
@@ -94,11 +99,39 @@ def plan_table(data: dict[str, Any]) -> str:
         f"{shape['batch_size']} x {shape['width']}x{shape['height']}/{shape['text_length']}" for shape in data["shapes"]
     )
     lines.append(f"shapes to compile: {len(data['shapes'])}" + (f" ({shapes})" if shapes else ""))
+    if "adapters" in data:
+        lines += _adapter_lines(data["adapters"])
     if data["forecast"]:
         lines.append(_forecast_line(data["forecast"], data["images"], data["workers"]))
     if data["unknown_keys"]:
         lines.append(f"keys that are no settings, kept under meta: {_with_counts(data['unknown_keys'])}")
     return "\n".join(lines)
+
+
+def _adapters(adapters: Adapters) -> list[dict[str, Any]]:
+    return [{"path": each.path, "scale": each.scale} for each in adapters]
+
+
+def _adapter_sets(images: Mapping[Group, int], plan: Plan) -> dict[str, Any]:
+    """Which sets the rows have, in the plan's order."""
+    sets = Counter[Adapters]()
+    for batch in plan:
+        sets[batch.adapters] += 0
+    for group, count in images.items():
+        sets[group.adapters] += count
+    each = [{"lora": _adapters(adapters), "images": count} for adapters, count in sets.items()]
+    return {"sets": each, "swaps": plan.swaps}
+
+
+def _adapter_lines(adapters: Mapping[str, Any]) -> list[str]:
+    sets, swaps = adapters["sets"], adapters["swaps"]
+    lines = [f"adapter sets: {len(sets)}, swaps: {swaps}"]
+    for each in sets[:_SETS_SHOWN]:
+        named = ", ".join(f"{printable_line(one['path'])} x {one['scale']:g}" for one in each["lora"])
+        lines.append(f"  {each['images']} images: {named or 'none'}")
+    if len(sets) > _SETS_SHOWN:
+        lines.append(f"  and {len(sets) - _SETS_SHOWN} more sets")
+    return lines
 
 
 def _steps(group: dict[str, Any]) -> str:

@@ -3,30 +3,30 @@
 import hashlib
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from fluxcli.core.errors import ModelError
 from fluxcli.core.records import Adapter
 from fluxcli.models.adapters.alpha import beside
 from fluxcli.models.adapters.changes import Change, changes
-from fluxcli.models.configs import read_config
 from fluxcli.models.files import open_regular
 from fluxcli.models.flux1 import targets
 from fluxcli.models.flux1.targets import Targets
-
-if TYPE_CHECKING:
-    from fluxcli.models.checkpoints import Checkpoint
 
 _MOST = 2**34  # bytes; the largest have some 5 GB
 
 
 class Library:
-    """Adapter files held against one checkpoint."""
+    """Adapter files held against one checkpoint.
 
-    def __init__(self, checkpoint: "Checkpoint") -> None:
-        self._checkpoint = checkpoint
+    Args:
+        config: a part's, by its name.
+    """
+
+    def __init__(self, config: Callable[[str], Mapping[str, Any]]) -> None:
+        self._config = config
         self._targets: Mapping[str, Targets] | None = None
         self._known: dict[str, str | ModelError] = {}
 
@@ -64,12 +64,8 @@ class Library:
         if about.st_size > _MOST:
             raise ModelError(f"{path}: has {about.st_size:,} bytes; fluxcli reads adapters of at most {_MOST:,}")
         if self._targets is None:
-            directory = self._checkpoint.directory
-            self._targets = {
-                "transformer": targets.transformer(self._checkpoint.transformer),
-                "text_encoder": targets.clip(read_config(directory / "text_encoder")),
-                "text_encoder_2": targets.t5(read_config(directory / "text_encoder_2")),
-            }
+            makers = {"transformer": targets.transformer, "text_encoder": targets.clip, "text_encoder_2": targets.t5}
+            self._targets = {part: make(self._config(part)) for part, make in makers.items()}
         return changes(path, self._targets)
 
 

@@ -282,7 +282,7 @@ def asked(tmp_path: Path, rows: list[Any], name: str = "in.jsonl", **more: Any) 
     return dict(take(write(tmp_path / name, rows), **more).tally.asked())
 
 
-LOOKALIKES = """true_cfg_scale prompt_2 lora loras sampler scheduler cfg_scale CFG cfg image strength num_steps w h
+LOOKALIKES = """true_cfg_scale prompt_2 loras sampler scheduler cfg_scale CFG cfg image strength num_steps w h
 sigmas height_px max_sequence_length numInferenceSteps guidance-scale clip_skip random_seed ip_adapter_image"""
 
 
@@ -296,7 +296,7 @@ def test_a_key_that_looks_like_a_setting_and_is_none_is_counted(tmp_path: Path, 
 
 @pytest.mark.parametrize("nothing", [None, "", " ", [], {}, False, 0, "nan", "None"])
 def test_a_foreign_setting_without_a_value_asks_for_nothing(tmp_path: Path, nothing: Any) -> None:
-    assert asked(tmp_path, [{"prompt": "a", "lora": nothing, "sampler": nothing}]) == {}
+    assert asked(tmp_path, [{"prompt": "a", "loras": nothing, "sampler": nothing}]) == {}
 
 
 def test_a_true_cfg_scale_of_one_asks_for_nothing(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
 """Which batch a lane takes next."""
 
 from collections import Counter
+from itertools import pairwise
 
-from fluxcli.core.records import Group, ShapeKey
+from fluxcli.core.records import Adapter, Adapters, Group, ShapeKey
 from fluxcli.job.plan import Plan, plan
 from fluxcli.job.run.queue import ByShape, InOrder, Work
 
@@ -13,6 +14,7 @@ class Lane:
     def __init__(self) -> None:
         self.idle = True
         self.shapes: set[ShapeKey] = set()
+        self.adapters: Adapters = ()
 
     def ready(self, key: ShapeKey) -> bool:
         return key in self.shapes
@@ -21,6 +23,7 @@ class Lane:
         work = queue.take(self)
         assert work is not None
         self.shapes.add(work.planned.key)
+        self.adapters = work.planned.adapters
         return work.planned.key
 
 
@@ -76,3 +79,37 @@ def test_what_comes_back_in_halves_is_made_next() -> None:
     queue.give_back(halves)
     lane.shapes.add(key)
     assert [queue.take(lane) for _ in range(2)] == halves
+
+
+def test_lanes_share_out_the_sets_of_adapters_and_each_goes_on_with_its_own() -> None:
+    sets: list[Adapters] = [(), *((Adapter(str(n), str(n), 1.0),) for n in range(3))]
+    groups = [Group(64, 64, length, 2, adapters) for adapters in sets for length in (64, 128) for _ in range(40)]
+    queue, lanes = ByShape(plan(groups, 4)), [Lane(), Lane()]
+    taken: list[list[tuple[Adapters, ShapeKey]]] = [[], []]
+    turn = 0
+    while len(queue):
+        key = lanes[turn % 2].take(queue)
+        taken[turn % 2].append((lanes[turn % 2].adapters, key))
+        turn += 1
+    assert sum(map(len, taken)) == 80
+    for each in taken:  # two shapes, four sets: a lane has a shape to itself and goes through the sets, each once
+        assert len({key for _, key in each}) == 1
+        assert {adapters for adapters, _ in each} == set(sets)
+    swaps = [sum(one != other for (one, _), (other, _) in pairwise(each)) for each in taken]
+    assert swaps == [3, 3]
+
+
+def test_lanes_at_one_shape_take_sets_that_no_other_has_had() -> None:
+    sets: list[Adapters] = [(Adapter(str(n), str(n), 1.0),) for n in range(3)]
+    queue = ByShape(plan([Group(64, 64, 64, 2, adapters) for adapters in sets for _ in range(12)], 4))
+    lanes = [Lane() for _ in range(3)]
+    rounds = []
+    for _ in range(3):
+        for lane in lanes:
+            lane.take(queue)
+        rounds.append([lane.adapters for lane in lanes])
+    assert rounds == [sets] * 3 and not len(queue)
+    halves = ByShape(plan([Group(64, 64, 64, 2, sets[0])] * 8, 4))
+    for lane in lanes[1:]:
+        lane.take(halves)
+    assert [lane.adapters for lane in lanes[1:]] == [sets[0]] * 2, "a lane without a set of its own helps"
