@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from fluxcli.models.checkpoints import Checkpoint
     from fluxcli.models.tokenizers import Tokenizers
 
+Lora = str | os.PathLike[str] | dict[str, Any] | Sequence[str | os.PathLike[str] | dict[str, Any]]
+
 __all__ = ["FluxcliError", "Job", "Model", "load"]
 
 
@@ -76,12 +78,14 @@ class Model:
         guidance: float | None = None,
         seed: int = 0,
         n: int = 1,
+        lora: "Lora" = (),
         batch_size: int = config.BATCH_SIZE,
     ) -> "list[Image]":
         """Makes `n` images of one prompt, of the seeds `seed`, `seed + 1`, …: those that `fluxcli gen` writes.
 
         Args:
             width, height: pixels, multiples of 16 from 64 to 4096. None is the model's own, as for steps and guidance.
+            lora: a path, or paths and {"path": ..., "scale": ...}, as a row's.
             batch_size: images made at once.
 
         Raises:
@@ -92,7 +96,8 @@ class Model:
         from fluxcli.job import single
 
         _between("batch_size", batch_size, config.MOST_IMAGES)
-        defaults = _row_defaults(self._checkpoint, width, height, steps, guidance, seed, self._step_cache)
+        self._checkpoint.adapters.refresh()
+        defaults = _row_defaults(self._checkpoint, width, height, steps, guidance, seed, lora, self._step_cache)
         records = single.requested(prompt, seed, n, defaults, self._tokenizers, self._text_lengths)
         images = []
         for part, result in single.made(self._engine, records, batch_size, defaults.step_cache):
@@ -133,6 +138,7 @@ class Job:
     steps: int | None = None
     guidance: float | None = None
     seed: int = 0
+    lora: "Lora" = ()
     format: Literal["png", "jpg", "webp"] = "png"
     quality: int = 95
     limit: int | None = None
@@ -173,7 +179,7 @@ class Job:
             Path(self.output),
             checkpoint,
             engine,
-            _row_defaults(checkpoint, self.width, self.height, self.steps, self.guidance, self.seed, cache),
+            _row_defaults(checkpoint, self.width, self.height, self.steps, self.guidance, self.seed, self.lora, cache),
             text_lengths=_buckets(self.text_lengths),
             image=config.ImageFormat(self.format, self.quality),
             batch_size=self.batch_size,
@@ -222,6 +228,7 @@ def _row_defaults(
     steps: int | None,
     guidance: float | None,
     seed: int,
+    lora: "Lora",
     step_cache: "StepCache",
 ) -> config.RowDefaults:
     """Checked as a row is."""
@@ -229,14 +236,18 @@ def _row_defaults(
 
     if type(seed) is not int or not 0 <= seed <= MAX_SEED:
         raise UsageError(f"seed must be 0 to {MAX_SEED}, got {seed!r}")
-    given = {"width": width, "height": height, "steps": steps, "guidance": guidance, "seed": seed}
+    several = [lora] if isinstance(lora, str | os.PathLike | dict) else lora
+    adapters = [os.fspath(each) if isinstance(each, os.PathLike) else each for each in several]
+    given = {"width": width, "height": height, "steps": steps, "guidance": guidance, "seed": seed, "lora": adapters}
     try:
         own = replace(checkpoint.row_defaults(), step_cache=step_cache)
         (row,) = check_row({"prompt": "any", **given}, 0, 1, own)
     except RowError as error:
         raise UsageError(str(error)) from error
     taken = row.guidance_scale if checkpoint.takes_guidance else None
-    return config.RowDefaults(row.width, row.height, row.num_inference_steps, taken, row.seed, step_cache)
+    return config.RowDefaults(
+        row.width, row.height, row.num_inference_steps, taken, row.seed, step_cache, row.adapters, own.adapter
+    )
 
 
 def _buckets(text_lengths: Sequence[int]) -> tuple[int, ...]:

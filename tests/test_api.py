@@ -114,3 +114,28 @@ def test_what_is_not_there_is_an_attribute_error() -> None:
 
 def test_types_are_shipped() -> None:
     assert (Path(fluxcli.__file__).parent / "py.typed").is_file()
+
+
+def test_adapters_are_a_rows_and_a_file_made_anew_is_read_anew(tiny: fluxcli.Model, command, tmp_path: Path) -> None:
+    from tests.adapters import FORMATS, Maker
+    from tests.pipelines import TINY
+
+    path = FORMATS["kohya"](Maker(TINY, 1)).write(tmp_path / "style.safetensors")
+    given = {"prompt": "a red circle", "seed": 5, **SMALL}
+    (plain,), (first,) = tiny.generate(**given), tiny.generate(**given, lora=path)
+    half = [{"path": str(path), "scale": 0.5}]
+    (halved,) = tiny.generate(**given, lora=half)
+    assert len({np.asarray(image).tobytes() for image in (plain, first, halved)}) == 3
+    result = command("gen", "a red circle", "--seed", 5, "--lora", f"{path}=0.5", *OPTIONS, cwd=tmp_path)
+    assert np.array_equal(np.asarray(halved), np.asarray(Image.open(tmp_path / result.stdout.strip())))
+    FORMATS["kohya"](Maker(TINY, 2)).write(path)
+    (second,) = tiny.generate(**given, lora=path)
+    assert not np.array_equal(np.asarray(first), np.asarray(second))
+    assert np.array_equal(np.asarray(plain), np.asarray(tiny.generate(**given)[0]))
+    with pytest.raises(fluxcli.FluxcliError, match=r"gone\.safetensors: no such file"):
+        tiny.generate(**given, lora=[tmp_path / "gone.safetensors"])
+    write_rows(tmp_path / "in.jsonl", [{"prompt": "a red circle", "seed": 5, "id": "one"}])
+    job = fluxcli.Job(tmp_path / "in.jsonl", tmp_path / "out", model="tiny", device="cpu", lora=half, **SMALL)
+    assert job.run()["exit_status"] == 0
+    (row,) = read_rows(tmp_path / "out" / "manifest.jsonl")
+    assert (row["lora"][0]["scale"], row["lora"][0]["path"]) == (0.5, str(path))

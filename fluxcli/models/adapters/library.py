@@ -28,7 +28,8 @@ class Library:
     def __init__(self, config: Callable[[str], Mapping[str, Any]]) -> None:
         self._config = config
         self._targets: Mapping[str, Targets] | None = None
-        self._known: dict[str, str | ModelError] = {}
+        self._known: dict[str, tuple[str, bool]] = {}  # hash, or what is wrong, by path
+        self._seen: dict[str, tuple[int, ...] | None] = {}  # what the files were when they were looked at
 
     def adapter(self, path: str, scale: float = 1.0) -> Adapter:
         """A file with its hash.
@@ -37,16 +38,22 @@ class Library:
             ModelError: naming the file, and what keeps it from being an adapter of this model.
         """
         if path not in self._known:
+            self._seen[path] = _signature(path)
             try:
                 file = Path(path).expanduser()
                 self.changes(file)
-                self._known[path] = digest(file)
+                self._known[path] = digest(file), True
             except ModelError as error:
-                self._known[path] = error
-        known = self._known[path]
-        if isinstance(known, ModelError):
-            raise known
+                self._known[path] = str(error), False
+        known, good = self._known[path]
+        if not good:
+            raise ModelError(known)
         return Adapter(path, known, scale)
+
+    def refresh(self) -> None:
+        """Forgets files that are others by now."""
+        for path in [path for path, seen in self._seen.items() if seen != _signature(path)]:
+            del self._known[path], self._seen[path]
 
     def changes(self, path: Path) -> list[Change]:
         """What a file changes of the model.
@@ -67,6 +74,16 @@ class Library:
             makers = {"transformer": targets.transformer, "text_encoder": targets.clip, "text_encoder_2": targets.t5}
             self._targets = {part: make(self._config(part)) for part, make in makers.items()}
         return changes(path, self._targets)
+
+
+def _signature(path: str) -> tuple[int, ...] | None:
+    """What is another number when a file is another, and of PEFT's config too; None for one that is not there."""
+    file = Path(path).expanduser()
+    try:
+        about = [each.stat() for each in (file, beside(file)) if each is not None]
+    except (OSError, ValueError):
+        return None
+    return tuple(number for each in about for number in (each.st_dev, each.st_ino, each.st_size, each.st_mtime_ns))
 
 
 def digest(path: Path) -> str:
