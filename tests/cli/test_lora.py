@@ -318,3 +318,20 @@ def test_warmup_and_calibrate_take_rows_with_adapters(inside, pipeline, folder: 
         assert done.returncode == 0, done.stderr
         ratios[name] = done.json["ratios"]
     assert ratios["plain"] != ratios["adapted"]
+
+
+def test_one_adapter_under_two_names_is_one_set_and_each_row_says_its_own(
+    inside, command, pipeline, folder: Path
+) -> None:
+    (folder / "copy.safetensors").write_bytes((folder / "style.safetensors").read_bytes())
+    rows = [{"id": name, "prompt": "a", "seed": 1, "lora": f"{name}.safetensors"} for name in ("style", "copy")]
+    write_rows(folder / "in.jsonl", rows)
+    assert inside("batch", "in.jsonl", "-o", "out", "-m", pipeline(DEV), *SMALL).returncode == 0
+    made = manifest(folder / "out")
+    assert {row["batch"]["index"] for row in made.values()} == {0}
+    assert {id: row["lora"][0]["path"] for id, row in made.items()} == {
+        "style": "style.safetensors",
+        "copy": "copy.safetensors",
+    }
+    compared = command("compare", "out", "out", "--json", cwd=folder)
+    assert compared.returncode == 0, compared.stderr

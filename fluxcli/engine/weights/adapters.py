@@ -2,7 +2,6 @@
 
 import mmap
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -11,7 +10,7 @@ from fluxcli.core.errors import ModelError
 from fluxcli.core.records import Adapter
 from fluxcli.engine.matmul.scaled import E4M3
 from fluxcli.models.adapters.changes import Change
-from fluxcli.models.adapters.library import Library, digest
+from fluxcli.models.adapters.library import Library, digest, place
 from fluxcli.models.files import open_regular
 from fluxcli.models.headers import Entry
 
@@ -34,7 +33,7 @@ class Read:
     """
 
     def __init__(self, adapter: Adapter, library: Library) -> None:
-        path = Path(adapter.path).expanduser()
+        path = place(adapter.path)
         if digest(path) != adapter.sha256:
             raise ModelError(f"{path}: has changed since the job looked at it; put back what was there, and run again")
         self.changes, self.scale = library.changes(path), adapter.scale

@@ -13,8 +13,7 @@ _MOST = 64  # adapters of one image
 _WHAT = 'lora must be a path, or a list of {"path": ..., "scale": ...}'
 _MOST_SETS = 4096  # kept as one object for all their rows
 
-
-_sets: dict[Adapters, Adapters] = {}
+_sets: dict[tuple[tuple[str, str, float], ...], Adapters] = {}
 
 
 def adapters_of(value: Any, defaults: RowDefaults) -> Adapters:
@@ -36,7 +35,7 @@ def adapters_of(value: Any, defaults: RowDefaults) -> Adapters:
     found = tuple(_adapter(each, defaults) for each in several)
     if len(_sets) >= _MOST_SETS:
         _sets.clear()
-    return _sets.setdefault(found, found)
+    return _sets.setdefault(tuple((each.path, each.sha256, each.scale) for each in found), found)
 
 
 def _adapter(value: Any, defaults: RowDefaults) -> Adapter:

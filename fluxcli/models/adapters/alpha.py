@@ -20,8 +20,10 @@ _MOST = 2**20  # bytes
 
 def beside(path: Path) -> Path | None:
     """PEFT's config of an adapter, where it has one."""
+    if path.name != _PEFT[0]:
+        return None
     config = path.with_name(_PEFT[1])
-    return config if path.name == _PEFT[0] and config.exists() else None
+    return config if config.exists() else None
 
 
 class Alphas:

@@ -18,6 +18,7 @@ from fluxcli.models.headers import Entry, Header, read_header
 WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}  # bytes of a value
 _ALPHAS = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i"}
 _LOKR = ({"w1", "w2"}, {"w1_a", "w1_b", "w2"}, {"w1", "w2_a", "w2_b"}, {"w1_a", "w1_b", "w2_a", "w2_b"})
+_MOST_RANK = 2**14  # a matrix of FLUX.1's has full rank with 3072; memory is made of it
 _CONTROL = "a control adapter (Canny, Depth, …), which needs a control image; fluxcli takes none"
 
 
@@ -116,6 +117,7 @@ def _weight(path: Path, target: Target, key: Key, tensors: dict[str, Entry], alp
     if roles == {"down", "up"}:
         rank = tensors["down"].shape[0] if tensors["down"].shape else 0
         rows, columns = (*target.shape, 0)[:2]
+        _check_rank(path, tensors["down"], rank)
         _expect(path, tensors["down"], (max(1, rank), columns))
         _expect(path, tensors["up"], (rows, rank))
         strength = alphas.strength(key.part, key.layer, rank) if own is None else own / rank
@@ -139,6 +141,7 @@ def _check_lokr(path: Path, target: Target, tensors: Mapping[str, Entry], alpha:
         a, b = tensors[f"{factor}_a"], tensors[f"{factor}_b"]
         _expect_matrix(path, a)
         _expect_matrix(path, b)
+        _check_rank(path, a, a.shape[1])
         _expect(path, b, (a.shape[1], b.shape[1]))
         shapes.append((a.shape[0], b.shape[1]))
         strength = 1.0 if alpha is None else alpha / a.shape[1]
@@ -160,6 +163,11 @@ def _expect(path: Path, entry: Entry, *shapes: tuple[int, ...]) -> None:
 def _expect_matrix(path: Path, entry: Entry) -> None:
     if len(entry.shape) != 2 or not prod(entry.shape):
         raise ModelError(f"{path}: {shown(entry.name)} is {[*entry.shape]}, expected a matrix")
+
+
+def _check_rank(path: Path, entry: Entry, rank: int) -> None:
+    if rank > _MOST_RANK:
+        raise ModelError(f"{path}: {shown(entry.name)} has rank {rank:,}; fluxcli reads at most {_MOST_RANK:,}")
 
 
 def _value(path: Path, entry: Entry) -> float:

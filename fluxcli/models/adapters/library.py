@@ -40,7 +40,7 @@ class Library:
         if path not in self._known:
             self._seen[path] = _signature(path)
             try:
-                file = Path(path).expanduser()
+                file = place(path)
                 self.changes(file)
                 self._known[path] = digest(file), True
             except ModelError as error:
@@ -76,10 +76,15 @@ class Library:
         return changes(path, self._targets)
 
 
+def place(path: str) -> Path:
+    """Where an adapter's path leads."""
+    return Path(os.path.expanduser(path))
+
+
 def _signature(path: str) -> tuple[int, ...] | None:
     """What is another number when a file is another, and of PEFT's config too; None for one that is not there."""
-    file = Path(path).expanduser()
     try:
+        file = place(path)
         about = [each.stat() for each in (file, beside(file)) if each is not None]
     except (OSError, ValueError):
         return None

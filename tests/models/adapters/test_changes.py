@@ -117,6 +117,7 @@ def test_control_adapters_are_told_as_such(refusal, tensors: dict[str, Tensor]) 
             f"to_q.lora_B.weight is [{WIDTH}, 3], expected [{WIDTH}, 4]",
         ),
         (pair() | {f"{Q}.lora_B.weight": torch.ones(WIDTH, 4, 1, 1)}, f"is [{WIDTH}, 4, 1, 1], expected [{WIDTH}, 4]"),
+        (pair(rank=2**14 + 1), "to_q.lora_A.weight has rank 16,385; fluxcli reads at most 16,384"),
         (pair(rank=0), "to_q.lora_A.weight is [0, 96], expected"),
         ({f"{Q}.lora_A.weight": torch.ones(4, WIDTH)}, "has down and no more; the file is incomplete"),
         ({f"{Q}.alpha": torch.ones(())}, "has alpha and no more; the file is incomplete"),
@@ -223,8 +224,15 @@ def test_places_that_are_no_files(pipeline, tmp_path: Path) -> None:
     ):
         with pytest.raises(ModelError, match=told):
             library.adapter(str(tmp_path / name))
-    with pytest.raises(ModelError, match="is no regular file"):
-        library.adapter("/dev/zero")
+    for path, told in (
+        ("/dev/zero", "is no regular file"),
+        ("/", "is a directory"),
+        ("~nobody-of-this-name/a", "no such file"),
+        ("\ud800", "cannot be read"),
+        ("/proc/self/environ", "cannot be read"),
+    ):
+        with pytest.raises(ModelError, match=told):
+            library.adapter(path)
 
 
 def test_a_file_larger_than_any_adapter_is_not_read(refusal, tmp_path: Path) -> None:
