@@ -333,5 +333,8 @@ def test_one_adapter_under_two_names_is_one_set_and_each_row_says_its_own(
         "style": "style.safetensors",
         "copy": "copy.safetensors",
     }
-    compared = command("compare", "out", "out", "--json", cwd=folder)
-    assert compared.returncode == 0, compared.stderr
+    halved = [{**row, "lora": [{"path": row["lora"], "scale": 0.5}]} for row in rows]
+    write_rows(folder / "in.jsonl", halved)
+    assert inside("batch", "in.jsonl", "-o", "half", "-m", pipeline(DEV), *SMALL).returncode == 0
+    compared = command("compare", "out", "half", cwd=folder)
+    assert compared.returncode == 0 and "lora" in compared.stdout + compared.stderr

@@ -107,3 +107,18 @@ def test_a_swap_between_batches_in_flight_keeps_each_ones_pixels(pipeline, files
     flights = [made.submit(Batch(n, KEY, 3, rows(each), adapters=(each,))) for n, each in enumerate(files[:2] * 2)]
     for flight, expected in zip(flights, alone * 2, strict=True):
         assert (flight.result().pixels == expected).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("copies", "most"), [("device", 0.5), ("host", 3.0)])
+def test_a_swap_at_full_size_and_a_step_after_it(copies: str, most: float, tmp_path: Path) -> None:
+    """Of an adapter of rank 16 in every matrix of FLUX.1-dev's blocks, its file read and hashed."""
+    from jobs.bench.adapters import measured, written
+
+    checkpoint, config = resolve("random:flux-dev"), resolve_device("cuda", "bfloat16", None, "auto")
+    pair = [written(checkpoint, tmp_path / f"{seed}.safetensors", 16, seed) for seed in range(2)]
+    told = measured(checkpoint, config, ShapeKey(1, 1024, 1024, 512), pair, 4, copies)
+    print(told)
+    assert told["swap_s"]["median"] < most
+    assert told["compiled_since"] == 0
+    assert told["step_ms"]["with"] < 1.01 * told["step_ms"]["without"]

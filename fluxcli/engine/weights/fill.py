@@ -1,7 +1,7 @@
 """A checkpoint's parts, built and filled: from its files, or with made-up values."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fluxcli.core.errors import ModelError, first_line
+from fluxcli.engine.layers.linear import Linear
 from fluxcli.engine.matmul.gemm import Multiply
+from fluxcli.engine.matmul.scaled import Stored
 from fluxcli.engine.matmul.torch_ import Reference
 from fluxcli.engine.nets.flux1 import Flux, FluxConfig
 from fluxcli.engine.runtime.offload import Visitors
@@ -18,6 +20,9 @@ from fluxcli.engine.weights.copying import copying
 from fluxcli.engine.weights.random import fill_random
 from fluxcli.engine.weights.sources import paired, values
 from fluxcli.models.checkpoints import Checkpoint
+from fluxcli.models.flux1.names import diffusers
+
+Empty = Callable[[Sequence[int], torch.dtype], Tensor]
 
 
 @contextmanager
@@ -52,24 +57,42 @@ def load_transformer(
         yield model
 
 
-def read_transformer(checkpoint: Checkpoint, slots: Mapping[str, Tensor], device: str, dtype: torch.dtype) -> None:
-    """Fills `slots`, tensors of `dtype` by diffusers' names, with the denoiser's values as its files have them: of a
-    model whose own weights are in 8 bits. Not every tensor need be there.
+def read_wide(
+    checkpoint: Checkpoint, names: Collection[str], empty: Empty, device: str, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The denoiser's matrices of these names, diffusers', as its files have them, in `dtype`: of a model whose own
+    weights are in 8 bits. The rest of the layers of ours that they are part of comes with them.
+
+    Args:
+        empty: makes the memory, of a shape and dtype.
 
     Raises:
         ModelError: what is wrong with the files.
     """
+    config = FluxConfig.from_json(checkpoint.transformer)
     with torch.device("meta"), default_dtype(dtype):
-        model = Flux(FluxConfig.from_json(checkpoint.transformer), Reference())
-    wanted = [(name, slots.get(name, slot)) for name, slot in model.slots()]
+        model = Flux(config, Reference())
+    for path, sources in diffusers(config.num_layers, config.num_single_layers, config.guidance_embeds):
+        if any(f"{source.name}.weight" in names for source in sources):
+            layer = model.get_submodule(path)
+            assert isinstance(layer, Linear)
+            layer.weight = nn.Parameter(empty(layer.weight.shape, dtype), requires_grad=False)
     if checkpoint.random:
-        fill_random(wanted, device, dtype)
-        return
-    part = checkpoint.family.parts["transformer"]
-    with paired(wanted, checkpoint.directory / "transformer", part.package, part.ignored) as pairs:
-        targets = set(map(id, slots.values()))
-        with copying([pair for pair in pairs if id(pair[0]) in targets]):
+        fill_random(model.slots(), device, dtype)
+    else:
+        part = checkpoint.family.parts["transformer"]
+        with (
+            paired(model.slots(), checkpoint.directory / "transformer", part.package, part.ignored) as pairs,
+            copying([pair for pair in pairs if not _value(pair[0]).is_meta]),
+        ):
             pass
+    return {name: each for name, slot in model.slots() if not (each := _value(slot)).is_meta}
+
+
+def _value(slot: Stored) -> Tensor:
+    """Of a layer that is not in 8 bits."""
+    assert isinstance(slot, Tensor)
+    return slot
 
 
 def load_part(checkpoint: Checkpoint, part: str, device: str, dtype: torch.dtype, visitors: str | None = None) -> Any:

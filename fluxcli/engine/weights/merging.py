@@ -18,7 +18,7 @@ from fluxcli.core.records import Adapters
 from fluxcli.engine.matmul.scaled import Scaled, Stored, store
 from fluxcli.engine.weights.adapters import Read, add_
 from fluxcli.engine.weights.copying import values
-from fluxcli.engine.weights.fill import read_transformer
+from fluxcli.engine.weights.fill import read_wide
 from fluxcli.engine.weights.sources import Slots
 from fluxcli.models.adapters.changes import Change
 from fluxcli.models.checkpoints import Checkpoint
@@ -97,15 +97,10 @@ class Merged:
     @torch.no_grad()
     def _keep(self, names: Iterable[Name]) -> None:
         """Copies tensors that were never changed before."""
-        wide: dict[Name, Tensor] = {}
-        for name in sorted(names):
-            slot = self._slots[name]
-            if isinstance(slot, Scaled):
-                wide[name] = self._room.empty(slot.values.shape, self._dtype)
+        wide = {name.tensor for name in names if name not in self._wide and isinstance(self._slots[name], Scaled)}
         if wide:
-            read = {name.tensor: tensor for name, tensor in wide.items()}
-            read_transformer(self._checkpoint, read, self._device, self._dtype)
-        self._wide |= wide
+            read = read_wide(self._checkpoint, wide, self._room.empty, self._device, self._dtype)
+            self._wide |= {Name("transformer", tensor): each for tensor, each in read.items()}
         for name in sorted(names):
             copy = self._room.like(self._slots[name])
             _copy(copy, self._slots[name])

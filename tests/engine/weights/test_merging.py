@@ -129,15 +129,17 @@ def test_a_checkpoint_in_8_bits_gets_its_own_bits_back(pipeline, files, tmp_path
 
 def test_made_up_weights_are_made_up_again_for_8_bits(files) -> None:
     """What `random:` models are quantised from is drawn anew, the same."""
-    from fluxcli.engine.weights.fill import read_transformer
+    from fluxcli.engine.weights.fill import read_wide
 
     name = "single_transformer_blocks.3.proj_mlp.weight"
     checkpoint = replace(resolve("tiny"), random=True)
     plain_ = Engine(checkpoint, EngineConfig("cpu", "bfloat16", False))
     wanted = dict(plain_.flux.slots())[name]
-    read = {name: torch.empty(wanted.shape, dtype=torch.bfloat16)}
-    read_transformer(checkpoint, read, "cpu", torch.bfloat16)
+    make = lambda shape, dtype: torch.empty(shape, dtype=dtype)  # noqa: E731
+    read = read_wide(checkpoint, {name}, make, "cpu", torch.bfloat16)
     assert torch.equal(read[name], wanted)
+    block = name.removesuffix("proj_mlp.weight")
+    assert read.keys() == {name, *(f"{block}attn.to_{each}.weight" for each in "qkv")}
 
 
 def test_a_swap_that_breaks_off_is_made_good_by_the_next(pipeline, files, monkeypatch) -> None:
