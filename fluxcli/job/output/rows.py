@@ -87,6 +87,7 @@ def _guidance(value: Any) -> str | None:
 
 
 def check_adapters(value: Any) -> str | None:
+    """What a manifest row's `lora` must be, where it is not."""
     good = isinstance(value, list) and all(
         isinstance(each, dict)
         and isinstance(each.get("path"), str)

@@ -16,6 +16,7 @@ from fluxcli.models.flux1 import targets
 from fluxcli.models.flux1.targets import Targets
 
 _MOST = 2**34  # bytes; the largest have some 5 GB
+_PART = 2**22  # of those, hashed at once
 
 
 class Library:
@@ -98,16 +99,12 @@ def digest(path: Path) -> str:
         ModelError: it cannot be read.
     """
     taken = hashlib.sha256()
-    for file_name in (path, beside(path)):
-        if file_name is not None:
-            with open_regular(file_name) as file:
-                update(taken, file.fileno(), file_name)
+    for each in (path, beside(path)):
+        if each is not None:
+            with open_regular(each) as file:
+                try:
+                    while part := file.read(_PART):
+                        taken.update(part)
+                except OSError as error:
+                    raise ModelError(f"{each}: cannot be read: {error.strerror}") from error
     return taken.hexdigest()
-
-
-def update(taken: "hashlib._Hash", descriptor: int, path: Path) -> None:
-    try:
-        while part := os.read(descriptor, 2**22):
-            taken.update(part)
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be read: {error.strerror}") from error

@@ -62,6 +62,30 @@ def test_a_row_made_under_a_mask_is_read_as_fast_as_any() -> None:
     assert found[1] == committed.content(row)
 
 
+ADAPTED = [
+    {"path": 'a "b" [c].safetensors', "sha256": "a" * 64, "scale": 1.0},
+    {"path": "é", "sha256": "b" * 64, "scale": -2},
+]
+
+
+@pytest.mark.parametrize(("lora", "fast"), [(ADAPTED[1:], True), (ADAPTED, False)])
+def test_a_row_made_with_adapters_is_read_as_fast_as_any(lora: list[dict[str, Any]], fast: bool) -> None:
+    """But for paths with brackets; and its content is that of a row to make, wherever the files lie now."""
+    from fluxcli.core.records import Adapter, PromptRecord
+
+    row = rows.read(ManifestRow, line({**MANIFEST, "guidance_scale": 3.5, "seed": 7, "lora": lora}))
+    assert row.lora == lora
+    found = committed._canonical(rows.write(row).rstrip())
+    assert (found is not None) == fast
+    adapters = tuple(Adapter("elsewhere", each["sha256"], float(each["scale"])) for each in lora)
+    record = PromptRecord(row.id, row.prompt, 7, 1024, 64, 28, 3.5, 1, adapters=adapters)
+    assert committed.content(row) == committed.content(record) == (found[1] if found else committed.content(record))
+    for other in ((), adapters[:-1], (*adapters[:-1], Adapter("é", "b" * 64, 2.0))):
+        assert committed.content(row) != committed.content(
+            PromptRecord(row.id, row.prompt, 7, 1024, 64, 28, 3.5, 1, adapters=other)
+        )
+
+
 def test_a_lacking_value_is_not_written_as_null() -> None:
     short = {key: value for key, value in MANIFEST.items() if key not in ("batch", "timing", "meta", "truncated")}
     assert rows.write(rows.read(ManifestRow, line(short))) == line(short)
@@ -72,6 +96,7 @@ WRONG = [
     (ManifestRow, "prompt", [None, 5, ["a"], "\ud800"]),
     (ManifestRow, "step_cache", [5, "", "011", "1012", [1, 0], True]),
     (ManifestRow, "evaluated_steps", [0, -1, "3", 1.5, True]),
+    (ManifestRow, "lora", ["a", {}, [5], [{}], [{**ADAPTED[0], "scale": "1"}], [{**ADAPTED[0], "sha256": "x"}]]),
     (ManifestRow, "sha256", [None, "x", "0" * 63, 0]),
     (ManifestRow, "seed", [None, -1, 2**64, 1.5, True, "7", 10**300]),
     (ManifestRow, "width", [None, 0, -64, 2**40, "64"]),
