@@ -57,6 +57,21 @@ def test_every_tensor_of_every_format_is_used(name: str, pipeline, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
+    "layer",
+    [
+        "lora_te1_text_model_encoder_layers_0_self_attn_q_proj",
+        "lora_te_text_model_encoder_layers_1_self_attn_out_proj",
+        "text_encoder.text_model.encoder.layers.0.self_attn.k_proj",
+        "text_encoders.clip_l.transformer.text_model.encoder.layers.0.self_attn.v_proj",
+    ],
+)
+def test_clips_layers_may_have_a_level_that_its_class_lacks(layer: str, pipeline, tmp_path: Path) -> None:
+    save_file(pair(layer, width=DEV.clip_width), tmp_path / "a.safetensors")
+    (change,) = resolve(str(pipeline(DEV))).adapters.changes(tmp_path / "a.safetensors")
+    assert change.target.part == "text_encoder" and change.target.layers[0].startswith("encoder.layers.")
+
+
+@pytest.mark.parametrize(
     "key",
     [
         "lora_unet_input_blocks_4_1_proj_in.lora_down.weight",  # SDXL's
