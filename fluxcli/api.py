@@ -3,7 +3,7 @@ command line's; here a model is always named."""
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +29,7 @@ def load(
     model: str | os.PathLike[str],
     *,
     revision: str | None = None,
+    files: Mapping[str, str | os.PathLike[str]] | None = None,
     device: str = "auto",
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
     compile: bool | None = None,
@@ -37,9 +38,11 @@ def load(
     text_lengths: Sequence[int] = config.TEXT_LENGTHS,
     step_cache: str = "off",
 ) -> "Model":
-    """Loads a model: a hub id, a pipeline directory, `tiny`, or `random:flux-dev`.
+    """Loads a model: a hub id, a pipeline directory, a single file, `tiny`, or `random:flux-dev`.
 
     Args:
+        files: single files in place of the weights of "transformer", "vae", "text_encoder" (CLIP) or "text_encoder_2"
+            (T5).
         device: "cuda", "cuda:N", "cpu", or "auto" for the GPU where there is one.
         compile: prepare each shape at its first use; None does on a GPU.
         quantization: "fp8" for the large matmuls in 8 bits.
@@ -52,7 +55,8 @@ def load(
     from fluxcli.engine.engine import Engine
 
     lengths = _buckets(text_lengths)
-    checkpoint, engine, cache = _settled(model, revision, device, dtype, compile, attention, quantization, step_cache)
+    machine = (device, dtype, compile, attention, quantization, step_cache)
+    checkpoint, engine, cache = _settled(model, revision, files, *machine)
     return Model(checkpoint, Engine(checkpoint, engine), lengths, cache)
 
 
@@ -120,6 +124,7 @@ class Job:
     output: str | os.PathLike[str]
     model: str | os.PathLike[str]
     revision: str | None = None
+    files: Mapping[str, str | os.PathLike[str]] | None = None
     device: str = "auto"
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     compile: bool | None = None
@@ -167,7 +172,7 @@ class Job:
         several = worker.processes(_gpus(self.gpus), self.workers, self.device)
         device = self.device if several is None else several.device
         machine = (device, self.dtype, self.compile, self.attention, self.quantization, self.step_cache)
-        checkpoint, engine, cache = _settled(self.model, self.revision, *machine)
+        checkpoint, engine, cache = _settled(self.model, self.revision, self.files, *machine)
         made = job.Job(
             os.fspath(self.input),
             Path(self.output),
@@ -194,6 +199,7 @@ class Job:
 def _settled(
     model: str | os.PathLike[str],
     revision: str | None,
+    files: Mapping[str, str | os.PathLike[str]] | None,
     device: str,
     dtype: str,
     compile: bool | None,
@@ -210,8 +216,10 @@ def _settled(
     _one_of("dtype", dtype, ("auto", *config.DTYPES))
     _one_of("attention", attention, ("auto", *config.ATTENTION))
     _one_of("quantization", quantization, config.QUANTIZATION)
+    for part in files or ():
+        _one_of("files", part, checkpoints.FILE_PARTS)
     wanted, engine = parse(step_cache), devices.resolve(device, dtype, compile, attention, quantization)
-    checkpoint = checkpoints.resolve(os.fspath(model), revision)
+    checkpoint = checkpoints.resolve(os.fspath(model), revision, files)
     return checkpoint, replace(engine, step_cache=wanted.on), settled(wanted, checkpoint)
 
 

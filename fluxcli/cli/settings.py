@@ -28,9 +28,10 @@ def say(text: str) -> None:
         signals.tell(text)
 
 
-def checkpoint_of(name: str | None, revision: str | None) -> "Checkpoint":
+def checkpoint_of(machine: "Machine") -> "Checkpoint":
     from fluxcli.models import checkpoints
 
+    name = machine.model
     if name is None:
         from fluxcli.engine.runtime import device
 
@@ -40,7 +41,7 @@ def checkpoint_of(name: str | None, revision: str | None) -> "Checkpoint":
         else:
             name = "tiny"
             say("no --model given and no CUDA GPU here: using the built-in tiny model")
-    return checkpoints.resolve(name, revision)
+    return checkpoints.resolve(name, machine.revision, machine.files)
 
 
 def load_engine(checkpoint: "Checkpoint", engine_config: config.EngineConfig, shapes: "Sequence[ShapeKey]") -> "Engine":
@@ -69,7 +70,7 @@ def settings(
     from fluxcli.models.step_cache import parse, settled
 
     wanted = parse(step_cache)  # a mistake is told before a model is downloaded
-    checkpoint = checkpoint_of(machine.model, machine.revision)
+    checkpoint = checkpoint_of(machine)
     if rows.guidance is not None and not checkpoint.takes_guidance:
         remark = f"--guidance changes nothing: {checkpoint.name} takes no guidance scale"
         if strict:

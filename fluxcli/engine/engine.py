@@ -80,7 +80,7 @@ class Engine:
             self._attend: Attend = sdpa
             if self._cuda:
                 self._attend = Attention(config.attention, self._tuner, self._device, self._dtype)
-            self._schedule = denoise.Schedule(checkpoint.directory / "scheduler")
+            self._schedule = denoise.Schedule(checkpoint.scheduler)
             self._text = TextEncoders(checkpoint, self._device, self._dtype, self.memory.visiting_text)
             self._decoder = Decoder(checkpoint, self._device, self._dtype, config.compile)
         self._embeddings = EmbeddingCache()

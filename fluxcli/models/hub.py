@@ -2,7 +2,7 @@
 that say whether it is a model that fluxcli runs, and the weights last."""
 
 import glob
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from http import HTTPStatus
 from pathlib import Path
@@ -19,8 +19,9 @@ Names = list[str]  # paths within a repository
 _SECONDS = 10  # for the hub's first answer
 
 
-def fetch(name: str, revision: str | None, family: Family) -> Path:
-    """The snapshot of `name` at `revision` (None: the default branch); its folder is named by its commit.
+def fetch(name: str, revision: str | None, family: Family, files: Mapping[str, Path]) -> Path:
+    """The snapshot of `name` at `revision` (None: the default branch); its folder is named by its commit. Without the
+    weights of the parts that have `files` of their own.
 
     What is in the cache is not fetched again. Without network the cache's latest is taken, as it is.
 
@@ -33,13 +34,13 @@ def fetch(name: str, revision: str | None, family: Family) -> Path:
         directory = _snapshot(name, revision)
         if directory is None:
             raise unreachable from None
-        _check_cached(name, directory, family)
+        _check_cached(name, directory, family, files)
         return directory
     if INDEX not in names:
         raise ModelError(f"--model {name}: {what_instead(names)}")
     directory = _index(name, revision)
     if directory.name != commit:  # the branch moved meanwhile
-        return fetch(name, directory.name, family)
+        return fetch(name, directory.name, family, files)
     check_index(directory, family)
     folders: dict[str, Names] = {folder: [] for folder in family.parts}
     for each in names:
@@ -50,7 +51,7 @@ def fetch(name: str, revision: str | None, family: Family) -> Path:
     check_configs(directory, family)
     weights: Names = []
     for folder, part in family.parts.items():
-        if part.weights:
+        if part.weights and folder not in files:
 
             def read_index(file: str, folder: str = folder) -> dict[str, Any]:
                 _download(name, directory, [f"{folder}/{file}"])
@@ -111,11 +112,11 @@ def _snapshot(name: str, revision: str | None) -> Path | None:
         return None
 
 
-def _check_cached(name: str, directory: Path, family: Family) -> None:
+def _check_cached(name: str, directory: Path, family: Family, files: Mapping[str, Path]) -> None:
     try:
         if not (directory / INDEX).exists():
             raise MissingError(what_instead(path.name for path in directory.rglob("*")))
-        check(directory, family)
+        check(directory, family, files)
     except MissingError as error:
         raise ModelError(
             f"--model {name}: {error}. The copy in the local cache is incomplete: run once with network"

@@ -206,7 +206,10 @@ CASES: dict[str, tuple[Change, str]] = {
         renamed("text_encoder_2/model.safetensors", "text_encoder_2/pytorch_model.bin"),
         r"text_encoder_2: .*pytorch_model.bin is not read",
     ),
-    "a GGUF only": (renamed(TRANSFORMER, "transformer/flux1-dev-Q8_0.gguf"), r"flux1-dev-Q8_0.gguf is quantised"),
+    "a GGUF only": (
+        renamed(TRANSFORMER, "transformer/flux1-dev-Q8_0.gguf"),
+        r"flux1-dev-Q8_0.gguf is read where it is given by name",
+    ),
     "another name": (
         renamed(TRANSFORMER, "transformer/flux.safetensors"),
         r"has neither .*; there is flux.safetensors",
