@@ -17,6 +17,11 @@ from fluxcli.models.weight_files import choose
 
 Names = list[str]  # paths within a repository
 _SECONDS = 10  # for the hub's first answer
+_UNREACHABLE = (
+    "not in the local cache, and the hub cannot be reached; check the network, HF_HUB_OFFLINE and HF_HOME (there is no "
+    "directory of that name either)"
+)
+_BROKEN_OFF = "the download broke off; what came is kept: run the same command again to go on"
 
 
 def fetch(name: str, revision: str | None, family: Family, files: Mapping[str, Path]) -> Path:
@@ -97,7 +102,7 @@ def _download(name: str, directory: Path, files: Names) -> None:
 
     missing = [file for file in files if not (directory / file).exists()]
     if missing:
-        with _faults(name, directory.name):
+        with _faults(name, directory.name, _BROKEN_OFF):
             snapshot_download(name, revision=directory.name, allow_patterns=[glob.escape(file) for file in missing])
 
 
@@ -124,8 +129,8 @@ def _check_cached(name: str, directory: Path, family: Family, files: Mapping[str
 
 
 @contextmanager
-def _faults(name: str, revision: str | None) -> Iterator[None]:
-    """Says what the hub's refusals mean."""
+def _faults(name: str, revision: str | None, unreachable: str = _UNREACHABLE) -> Iterator[None]:
+    """Says what the hub's refusals mean; `unreachable`, where it answers no more."""
     from huggingface_hub.errors import (  # type: ignore[attr-defined]
         GatedRepoError,
         HfHubHTTPError,
@@ -158,7 +163,4 @@ def _faults(name: str, revision: str | None) -> Iterator[None]:
     except (HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # the disk's, not the network's
             raise ModelError(f"--model {name}: the hub's cache: {shown(first_line(error))}") from error
-        raise ModelError(
-            f"--model {name}: not in the local cache, and the hub cannot be reached; "
-            "check the network, HF_HUB_OFFLINE and HF_HOME (there is no directory of that name either)"
-        ) from error
+        raise ModelError(f"--model {name}: {unreachable}") from error

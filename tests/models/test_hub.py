@@ -124,6 +124,30 @@ def test_a_download_that_broke_off_goes_on_online(model: Path, home: Path) -> No
         assert hub.fetched == {f"transformer/{WEIGHTS['transformer']}"}
 
 
+def test_a_download_that_breaks_off_says_how_to_go_on(model: Path, home: Path) -> None:
+    with Hub(ID, model).serving() as hub:
+        hub.cut = {f"transformer/{WEIGHTS['transformer']}"}
+        told = resolve(home, address=hub.address)
+        assert told == (
+            f"Error: --model {ID}: the download broke off; what came is kept: run the same command again to go on"
+        )
+        hub.cut = set()
+        hub.fetched.clear()
+        assert resolve(home, address=hub.address).startswith(COMMIT)
+        assert f"transformer/{WEIGHTS['transformer']}" in hub.fetched and not hub.fetched & READ
+
+
+def test_a_downloads_progress_is_told_on_stderr(model: Path, home: Path) -> None:
+    with Hub(ID, model).serving() as hub:
+        told = subprocess.run(
+            [sys.executable, "-c", RESOLVE, ID, "", ""],
+            capture_output=True, text=True, cwd=home.parent,
+            env={**os.environ, **ALONE, "HF_HOME": str(home), "HF_ENDPOINT": hub.address},
+        )  # fmt: skip
+    assert told.stdout.startswith(COMMIT) and len(told.stdout.splitlines()) == 1
+    assert "100%" in told.stderr and "Fetching" in told.stderr
+
+
 @pytest.mark.parametrize("beside", [True, False])
 def test_of_a_sharded_repository_the_index_says_what_is_fetched(model: Path, home: Path, beside: bool) -> None:
     single = (model / "transformer" / WEIGHTS["transformer"]).read_bytes()
@@ -158,6 +182,13 @@ def test_a_pipeline_of_another_class_costs_one_small_file(model: Path, home: Pat
     with Hub(ID, model).serving() as hub:
         assert "this is FluxFillPipeline" in resolve(home, address=hub.address)
     assert hub.fetched == {"model_index.json"}
+
+
+def test_fills_weights_under_another_name_are_not_fetched(model: Path, home: Path) -> None:
+    edit(model / "transformer" / "config.json", in_channels=384, out_channels=64)
+    with Hub(ID, model).serving() as hub:
+        assert "takes 384 channels and makes 64: FLUX.1 Fill" in resolve(home, address=hub.address)
+    assert not hub.fetched & WEIGHTS_READ
 
 
 def test_without_a_vocabulary_no_weights_are_fetched(model: Path, home: Path) -> None:
