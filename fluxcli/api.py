@@ -78,6 +78,8 @@ class Model:
         height: int | None = None,
         steps: int | None = None,
         guidance: float | None = None,
+        negative_prompt: str | None = None,
+        true_cfg_scale: float = 1.0,
         seed: int = 0,
         n: int = 1,
         batch_size: int = config.BATCH_SIZE,
@@ -86,6 +88,7 @@ class Model:
 
         Args:
             width, height: pixels, multiples of 16 from 64 to 4096. None is the model's own, as for steps and guidance.
+            negative_prompt: with a `true_cfg_scale` above 1, what to guide away from; it may be empty.
             batch_size: images made at once.
 
         Raises:
@@ -96,7 +99,9 @@ class Model:
         from fluxcli.job import single
 
         _between("batch_size", batch_size, config.MOST_IMAGES)
-        defaults = _row_defaults(self._checkpoint, width, height, steps, guidance, seed, self._step_cache)
+        given: dict[str, Any] = {"width": width, "height": height, "steps": steps, "guidance": guidance, "seed": seed}
+        given |= {"negative_prompt": negative_prompt, "true_cfg_scale": true_cfg_scale}
+        defaults = _row_defaults(self._checkpoint, given, self._step_cache)
         records = single.requested(prompt, seed, n, defaults, self._tokenizers, self._text_lengths)
         images = []
         for part, result in single.made(self._engine, records, batch_size, defaults.step_cache):
@@ -137,6 +142,8 @@ class Job:
     height: int | None = None
     steps: int | None = None
     guidance: float | None = None
+    negative_prompt: str | None = None
+    true_cfg_scale: float = 1.0
     seed: int = 0
     format: Literal["png", "jpg", "webp"] = "png"
     quality: int = 95
@@ -178,7 +185,7 @@ class Job:
             Path(self.output),
             checkpoint,
             engine,
-            _row_defaults(checkpoint, self.width, self.height, self.steps, self.guidance, self.seed, cache),
+            _row_defaults(checkpoint, {name: getattr(self, name) for name in _OF_ROWS}, cache),
             text_lengths=_buckets(self.text_lengths),
             image=config.ImageFormat(self.format, self.quality),
             batch_size=self.batch_size,
@@ -223,28 +230,25 @@ def _settled(
     return checkpoint, replace(engine, step_cache=wanted.on), settled(wanted, checkpoint)
 
 
-def _row_defaults(
-    checkpoint: "Checkpoint",
-    width: int | None,
-    height: int | None,
-    steps: int | None,
-    guidance: float | None,
-    seed: int,
-    step_cache: "StepCache",
-) -> config.RowDefaults:
-    """Checked as a row is."""
+_OF_ROWS = ("width", "height", "steps", "guidance", "negative_prompt", "true_cfg_scale", "seed")
+
+
+def _row_defaults(checkpoint: "Checkpoint", given: Mapping[str, Any], step_cache: "StepCache") -> config.RowDefaults:
+    """Settings by the names of `_OF_ROWS`, checked as a row's are."""
     from fluxcli.job.input.check import MAX_SEED, check_row
 
+    seed = given["seed"]
     if type(seed) is not int or not 0 <= seed <= MAX_SEED:
         raise UsageError(f"seed must be 0 to {MAX_SEED}, got {seed!r}")
-    given = {"width": width, "height": height, "steps": steps, "guidance": guidance, "seed": seed}
     try:
         own = replace(checkpoint.row_defaults(), step_cache=step_cache)
         (row,) = check_row({"prompt": "any", **given}, 0, 1, own)
     except RowError as error:
         raise UsageError(str(error)) from error
     taken = row.guidance_scale if checkpoint.takes_guidance else None
-    return config.RowDefaults(row.width, row.height, row.num_inference_steps, taken, row.seed, step_cache)
+    sizes = (row.width, row.height, row.num_inference_steps)
+    scale = max(1.0, float(given["true_cfg_scale"]))  # of rows that have a negative prompt of their own
+    return config.RowDefaults(*sizes, taken, row.seed, step_cache, row.negative_prompt, scale)
 
 
 def _buckets(text_lengths: Sequence[int]) -> tuple[int, ...]:

@@ -82,6 +82,8 @@ class Rows:
     steps: int | None
     guidance: float | None
     seed: int
+    negative_prompt: str | None = None
+    true_cfg_scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -211,6 +213,15 @@ row_options = _group(
         show_default=True,
         metavar="N",
         help="Of gen's first image; a row without one derives its own from this and its id.",
+    ),
+    click.option("--negative-prompt", metavar="TEXT", help="Of an image whose row has none; with --true-cfg-scale."),
+    click.option(
+        "--true-cfg-scale",
+        type=Finite(),
+        default=1.0,
+        show_default=True,
+        help="Above 1, true guidance away from the negative prompt, which may be empty: twice the denoiser's work. For "
+        "models that are not distilled.",
     ),
 )
 format_options = _group(

@@ -69,6 +69,8 @@ def settings(
     """What the options mean here, every "auto" and default settled. A `strict` one that changes nothing is refused."""
     from fluxcli.models.step_cache import parse, settled
 
+    if rows.negative_prompt and rows.true_cfg_scale <= 1:
+        raise UsageError("--negative-prompt needs --true-cfg-scale above 1; without it, it would change nothing")
     wanted = parse(step_cache)  # a mistake is told before a model is downloaded
     checkpoint = checkpoint_of(machine)
     if rows.guidance is not None and not checkpoint.takes_guidance:
@@ -101,4 +103,6 @@ def _row_defaults(checkpoint: "Checkpoint", rows: "Rows") -> config.RowDefaults:
         num_inference_steps=rows.steps or own.num_inference_steps,
         guidance_scale=own.guidance_scale if rows.guidance is None or not checkpoint.takes_guidance else rows.guidance,
         seed=rows.seed,
+        negative_prompt=rows.negative_prompt if rows.true_cfg_scale > 1 else None,
+        true_cfg_scale=max(1.0, rows.true_cfg_scale),
     )

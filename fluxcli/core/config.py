@@ -19,7 +19,7 @@ FORMATS = ("png", "jpg", "webp")
 @dataclass(frozen=True)
 class RowDefaults:
     """What an input row gets where it says nothing, and the step cache, which a row has no say in. `guidance_scale` is
-    None where the model takes none."""
+    None where the model takes none. There is true CFG where there is a negative prompt and a scale above 1."""
 
     width: int
     height: int
@@ -27,6 +27,8 @@ class RowDefaults:
     guidance_scale: float | None
     seed: int = 0
     step_cache: StepCache = OFF
+    negative_prompt: str | None = None
+    true_cfg_scale: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,9 @@ from fluxcli.core.records import Group
 from fluxcli.job.plan import Plan, bucket, padded_sizes, plan
 
 _sides = st.sampled_from([64, 80, 512, 1024, 4096])
-_groups = st.builds(Group, _sides, _sides, st.sampled_from([64, 128, 512]), st.sampled_from([1, 4, 28]))
+_groups = st.builds(
+    Group, _sides, _sides, st.sampled_from([64, 128, 512]), st.sampled_from([1, 4, 28]), st.sampled_from([1, 2])
+)
 _inputs = st.lists(_groups, max_size=40)
 _batch_sizes = st.integers(1, 9)
 _lengths = st.lists(st.integers(1, 512), min_size=1, max_size=5, unique=True).map(lambda each: tuple(sorted(each)))
@@ -31,7 +33,7 @@ def test_a_batch_mixes_neither_shapes_nor_steps(groups: list[Group], batch_size:
     for planned in plans(groups, batch_size):
         for batch in planned:
             key = batch.key
-            group = Group(key.height, key.width, key.text_length, batch.num_inference_steps)
+            group = Group(key.height, key.width, key.text_length, batch.num_inference_steps, key.branches)
             assert {groups[row] for row in batch.rows} == {group}
 
 
@@ -71,7 +73,8 @@ def test_padded_sizes_ascend_to_the_batch_size_and_waste_less_than_half(batch_si
 @given(_inputs, _batch_sizes)
 def test_the_largest_shapes_come_first(groups: list[Group], batch_size: int) -> None:
     for planned in plans(groups, batch_size):
-        images = [batch.key.height * batch.key.width // 256 + batch.key.text_length for batch in planned]
+        keys = [batch.key for batch in planned]
+        images = [key.branches * (key.height * key.width // 256 + key.text_length) for key in keys]
         assert images == sorted(images, reverse=True)
         shapes = planned.shapes()
         assert [key.tokens() for key in shapes] == sorted((key.tokens() for key in shapes), reverse=True)

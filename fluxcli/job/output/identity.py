@@ -64,7 +64,7 @@ class Identity:
 
 
 # Options that job.json leaves out, with the value that they have then.
-_UNSAID = {"quantization": "none", "step_cache": "off"}
+_UNSAID = {"quantization": "none", "step_cache": "off", "negative_prompt": None, "true_cfg_scale": 1.0}
 _SCALAR = (str, int, float, type(None))
 
 

@@ -130,6 +130,8 @@ class ManifestRow(Row):
     height: Annotated[int, _size]
     num_inference_steps: Annotated[int, _whole(1, 10**6)]
     guidance_scale: Annotated[float | None, _or_null(_guidance)]
+    negative_prompt: Annotated[str | None, _text] = None  # not written without true CFG, as the next
+    true_cfg_scale: Annotated[float | None, _guidance] = None
     quantization: Annotated[str | None, _text] = None  # none is not written
     step_cache: Annotated[str | None, _mask] = None
     evaluated_steps: Annotated[int | None, _whole(1, 10**6)] = None

@@ -4,8 +4,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fluxcli.core.records import Failure
-from fluxcli.core.step_cache import OFF
+from fluxcli.core.records import Failure, Group
+from fluxcli.core.step_cache import OFF, StepCache
 from fluxcli.core.terminal import printable_line
 from fluxcli.job.input.intake import Intake
 from fluxcli.job.input.keys import Tally
@@ -17,18 +17,18 @@ def plan_data(intake: Intake, plan: Plan) -> dict[str, Any]:
     """The plan: buckets, groups of batches, padding, shapes to compile, and what is done or refused already.
 
     `text_padding` is the share of text tokens that are padding, `batch_padding` the share of images that are. With a
-    step cache `denoising` is the share of the denoiser's work that it leaves.
+    step cache `denoising` is the share of the denoiser's work that it leaves. With true CFG, of which each image takes
+    two rows of the denoiser, `true_cfg` is how many have it and the share by which it makes the denoiser's work more.
     """
     images, tokens = Counter[int](), Counter[int]()
     for count, text_length in intake.text_tokens():
         images[text_length] += 1
         tokens[text_length] += min(count, text_length)
     groups = Counter(
-        (batch.key.width, batch.key.height, batch.key.text_length, batch.num_inference_steps) for batch in plan
+        Group(batch.key.height, batch.key.width, batch.key.text_length, batch.num_inference_steps, batch.key.branches)
+        for batch in plan
     )
-    in_group = Counter(
-        (group.width, group.height, group.text_length, group.num_inference_steps) for group in intake.groups
-    )
+    in_group = Counter(intake.groups)
     step_cache = intake.defaults.step_cache
     slots = sum(batch.key.batch_size for batch in plan)
     text = sum(length * count for length, count in images.items())
@@ -51,11 +51,12 @@ def plan_data(intake: Intake, plan: Plan) -> dict[str, Any]:
         ],
         "groups": [
             {
-                "width": group[0],
-                "height": group[1],
-                "text_length": group[2],
-                "num_inference_steps": group[3],
-                **step_cache.told(group[3]),
+                "width": group.width,
+                "height": group.height,
+                "text_length": group.text_length,
+                "num_inference_steps": group.num_inference_steps,
+                **step_cache.told(group.num_inference_steps),
+                **({"true_cfg": True} if group.branches > 1 else {}),
                 "images": in_group[group],
                 "batches": batches,
             }
@@ -65,6 +66,7 @@ def plan_data(intake: Intake, plan: Plan) -> dict[str, Any]:
         "text_padding": _share(text, sum(tokens.values())),
         "batch_padding": _share(slots, len(intake.groups)),
         **({"denoising": _denoising(intake)} if step_cache.on else {}),
+        **({"true_cfg": told} if (told := _true_cfg(in_group, step_cache)) else {}),
         "shapes": [key._asdict() for key in plan.shapes()],
         "failures": [failure.as_row() for failure in intake.failures],
     }
@@ -90,8 +92,15 @@ def plan_table(data: dict[str, Any]) -> str:
     lines.append(f"padding: {data['text_padding']:.1%} of text tokens, {data['batch_padding']:.1%} of images")
     if "denoising" in data and data["images"]:
         lines.append(f"the step cache leaves {data['denoising']:.1%} of the denoiser's work")
+    if told := data.get("true_cfg"):
+        lines.append(
+            f"true CFG: {told['images']} images take two rows of the denoiser each, which makes its work "
+            f"{told['more']:.1%} more"
+        )
     shapes = ", ".join(
-        f"{shape['batch_size']} x {shape['width']}x{shape['height']}/{shape['text_length']}" for shape in data["shapes"]
+        f"{shape['batch_size']} x {shape['width']}x{shape['height']}/{shape['text_length']}"
+        + (" true CFG" if shape["branches"] > 1 else "")
+        for shape in data["shapes"]
     )
     lines.append(f"shapes to compile: {len(data['shapes'])}" + (f" ({shapes})" if shapes else ""))
     if data["forecast"]:
@@ -103,7 +112,7 @@ def plan_table(data: dict[str, Any]) -> str:
 
 def _steps(group: dict[str, Any]) -> str:
     evaluated = f" ({group['evaluated_steps']} evaluated)" if "evaluated_steps" in group else ""
-    return f"{group['num_inference_steps']}{evaluated}"
+    return f"{group['num_inference_steps']}{evaluated}{', true CFG' if 'true_cfg' in group else ''}"
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -184,6 +193,21 @@ def _denoising(intake: Intake) -> float:
         for step_cache in (intake.defaults.step_cache, OFF)
     )
     return round(left / whole, 4) if whole else 1.0
+
+
+def _true_cfg(images: Mapping[Group, int], step_cache: StepCache) -> dict[str, Any] | None:
+    """What true CFG adds, where images have it."""
+    guided = sum(count for group, count in images.items() if group.branches > 1)
+    if not guided:
+        return None
+    whole, without = (
+        sum(
+            work(group._replace(branches=branches or group.branches), step_cache) * count
+            for group, count in images.items()
+        )
+        for branches in (None, 1)
+    )
+    return {"images": guided, "more": round(whole / without - 1, 4)}
 
 
 def _share(all: int, used: int) -> float:
