@@ -76,8 +76,9 @@ class Checkpoint:
     @property
     def scheduler(self) -> Path:
         """The directory of its config. Of a single file alone, FLUX.1's own: by whether it takes a guidance scale."""
-        own = BUILT_IN / ("flux-dev" if self.takes_guidance else "flux-schnell")
-        return (self.directory if self.directory.parent != BUILT_IN or not self.files else own) / "scheduler"
+        if self.directory == BUILT_IN / "flux-dev" and not self.takes_guidance:
+            return BUILT_IN / "flux-schnell" / "scheduler"
+        return self.directory / "scheduler"
 
     @property
     def tokenizers(self) -> Path:

@@ -79,7 +79,10 @@ def class_of(path: Path, index: dict[str, Any], name: str, family: Family) -> st
     """
     part, given = family.parts[name], index.get(name)
     if given in (None, [None, None]):
-        raise ModelError(f"{path}: has no {name}, and fluxcli runs whole pipelines; take it from another {family.name}")
+        raise ModelError(
+            f"{path}: has no {name}, and fluxcli runs whole pipelines; give its transformer over another {family.name} "
+            "(-m OTHER --transformer FILE)"
+        )
     package, cls = given if isinstance(given, list) and len(given) == 2 else (None, given)
     made = part.classes.get(cls) if isinstance(cls, str) and package == part.package else None
     if made is None:

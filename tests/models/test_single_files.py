@@ -12,7 +12,7 @@ import torch
 from fluxcli.core.errors import ModelError
 from fluxcli.engine.matmul.torch_ import Reference
 from fluxcli.engine.nets.flux1 import Flux, FluxConfig
-from fluxcli.models.checkpoints import FILE_PARTS, resolve
+from fluxcli.models.checkpoints import BUILT_IN, FILE_PARTS, resolve
 from fluxcli.models.flux1.names import bfl as table
 from fluxcli.models.tokenizers import Tokenizers
 from tests.models.conftest import WEIGHTS, edit
@@ -131,6 +131,12 @@ def test_of_a_part_with_a_file_the_folder_may_lack_its_weights(model: Path, tmp_
     assert resolve(str(model), files={"vae": file}).files == {"vae": file}
 
 
+def test_a_built_in_model_keeps_its_schedule(tmp_path: Path) -> None:
+    file = save(tmp_path / "ae.safetensors", ae(tensors(BUILT_IN / "tiny", "vae")))
+    assert resolve("tiny", files={"vae": file}).scheduler == BUILT_IN / "tiny" / "scheduler"
+    assert resolve("random:flux-schnell").scheduler == BUILT_IN / "flux-schnell" / "scheduler"
+
+
 def test_the_fingerprint_is_the_files_and_not_their_names(model: Path, tmp_path: Path) -> None:
     given = bfl(tensors(model, "transformer"))
     one = save(tmp_path / "one.safetensors", given)
@@ -167,8 +173,6 @@ def test_flux1s_own_sizes_and_names() -> None:
 
 
 def test_flux1s_own_vocabularies_are_built_in() -> None:
-    from fluxcli.models.checkpoints import BUILT_IN
-
     both = Tokenizers(BUILT_IN / "flux-dev")
     assert both.t5(["a photo of a cat"], 9) == [[3, 9, 1202, 13, 3, 9, 1712, 1, 0]]
     assert both.clip(["a photo of a cat"])[0][:8] == [49406, 320, 1125, 539, 320, 2368, 49407, 49407]

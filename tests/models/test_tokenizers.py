@@ -14,7 +14,6 @@ from fluxcli.core.errors import ModelError
 from fluxcli.models import tokenizers
 from fluxcli.models.checkpoints import BUILT_IN
 from fluxcli.models.tokenizers import Tokenizers
-from tests import pipelines
 from tests.models.conftest import edit
 
 PROMPTS = ["a red circle on a white background", 'Ünïcödé 星 🐱, "quoted"  two  spaces', "x", "a dog " * 60]
@@ -150,7 +149,7 @@ def test_sentencepieces_file_alone_gives_the_same_ids(tmp_path: Path) -> None:
     assert Tokenizers(model).t5(prompts, 64) == expected
 
 
-DIRECTORIES = [BUILT_IN / "tiny"] + ([pipelines.REAL_DEV] if pipelines.SHARED.is_dir() else [])
+DIRECTORIES = [BUILT_IN / "tiny", BUILT_IN / "flux-dev"]
 LONG = {
     "words": "a photo of a Bench, 12 Ünïcödé 星 and  more\n\twords 🐱 " * 900,
     "one word": "x" * 40_000,

@@ -8,10 +8,9 @@ from typing import Any
 from fluxcli.core.family import Layout
 from fluxcli.models.flux1.names import TABLES
 
-_QKV = "double_blocks.0.img_attn.qkv.weight"
-
 TRANSFORMER = (
-    Layout("bfl", _QKV),
+    Layout("comfy", "double_blocks.0.img_attn.norm.query_norm.weight"),
+    Layout("bfl", "double_blocks.0.img_attn.qkv.weight"),
     Layout("diffusers", "transformer_blocks.0.attn.to_q.weight"),
 )
 TRANSFORMER_PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "transformer.")

@@ -5,6 +5,7 @@ A layer that is several of the checkpoint's holds their output rows one after th
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 
@@ -64,9 +65,9 @@ def diffusers(double: int, single: int, guidance: bool) -> Table:
     yield "final_layer", [Source("proj_out")]
 
 
-def bfl(double: int, single: int, guidance: bool) -> Table:
+def bfl(double: int, single: int, guidance: bool, norm: str = "scale") -> Table:
     """The names of Black Forest Labs' own model, which are those of ours but for the modulations, of which each block
-    has its own there."""
+    has its own there. `norm` is what the weights of norms are called."""
     for ours in ("img_in", "txt_in"):
         yield ours, [Source(ours)]
     for ours in ("time_in", "guidance_in", "vector_in"):
@@ -79,7 +80,7 @@ def bfl(double: int, single: int, guidance: bool) -> Table:
         for stream in ("img", "txt"):
             for layer in ("attn.qkv", "attn.proj"):
                 yield f"{name}.{stream}_{layer}", [Source(f"{name}.{stream}_{layer}")]
-            yield f"{name}.{stream}_attn.norm", _bfl_norm(f"{name}.{stream}_attn")
+            yield f"{name}.{stream}_attn.norm", _bfl_norm(f"{name}.{stream}_attn", norm)
             for ours, theirs in (("up", "0"), ("down", "2")):
                 yield f"{name}.{stream}_mlp.{ours}", [Source(f"{name}.{stream}_mlp.{theirs}")]
             modulation.append(Source(f"{name}.{stream}_mod.lin", 6))
@@ -87,14 +88,15 @@ def bfl(double: int, single: int, guidance: bool) -> Table:
         name = f"single_blocks.{block}"
         for layer in ("linear1", "linear2"):
             yield f"{name}.{layer}", [Source(f"{name}.{layer}")]
-        yield f"{name}.norm", _bfl_norm(name)
+        yield f"{name}.norm", _bfl_norm(name, norm)
         modulation.append(Source(f"{name}.modulation.lin", 3))
     yield "modulation", [*modulation, Source("final_layer.adaLN_modulation.1", 2, swapped=True)]
     yield "final_layer", [Source("final_layer.linear")]
 
 
-def _bfl_norm(name: str) -> list[Source]:
-    return [Source(f"{name}.norm.{of}_norm", weight="scale") for of in ("query", "key")]
+def _bfl_norm(name: str, weight: str) -> list[Source]:
+    return [Source(f"{name}.norm.{of}_norm", weight=weight) for of in ("query", "key")]
 
 
-TABLES: Mapping[str, Names] = {"diffusers": diffusers, "bfl": bfl}
+# By layout: "comfy" is Black Forest Labs' as ComfyUI saves it.
+TABLES: Mapping[str, Names] = {"diffusers": diffusers, "bfl": bfl, "comfy": partial(bfl, norm="weight")}

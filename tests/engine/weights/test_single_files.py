@@ -50,6 +50,14 @@ def test_a_transformer_in_black_forest_labs_names(
     assert same(drawn(model, {"transformer": file}, shape), drawn(model, shape=shape))
 
 
+def test_norms_as_comfyui_saves_them(pipeline: Pipeline, tmp_path: Path) -> None:
+    model = pipeline(DEV)
+    given = {
+        name.replace("_norm.scale", "_norm.weight"): each for name, each in bfl(tensors(model, "transformer")).items()
+    }
+    assert same(drawn(model, {"transformer": save(tmp_path / "x.safetensors", given)}), drawn(model))
+
+
 def clip_l(given: Tensors) -> Tensors:
     text = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in given.items()}
     return {**text, "text_projection.weight": torch.randn(40, 40), "logit_scale": torch.ones(())}
@@ -96,6 +104,22 @@ def test_a_file_of_all_parts(pipeline: Pipeline, tmp_path: Path, monkeypatch: py
     checkpoint = resolve(str(file))
     assert checkpoint.label == "flux1-dev.safetensors" and checkpoint.takes_guidance
     assert same(drawn(file), expected)
+
+
+def test_a_file_without_guidance_alone_has_schnells_schedule(
+    pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, other = pipeline(SCHNELL), pipeline(DEV)
+    file = all_in_one(model, tmp_path / "flux1-schnell.safetensors")
+    built_in = tmp_path / "built-in"
+    shutil.copytree(
+        model, built_in / "flux-dev", ignore=lambda folder, names: [each for each in names if "safetensors" in each]
+    )
+    for name, source in (("flux-dev", other), ("flux-schnell", model)):
+        shutil.copytree(source / "scheduler", built_in / name / "scheduler", dirs_exist_ok=True)
+    monkeypatch.setattr(checkpoints, "BUILT_IN", built_in)
+    assert resolve(str(file)).row_defaults().num_inference_steps == 4
+    assert same(drawn(file, shape=SCHNELL), drawn(model, shape=SCHNELL))
 
 
 @pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float16])
