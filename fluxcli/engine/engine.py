@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fluxcli.core.config import EngineConfig
 from fluxcli.core.records import Batch, PromptRecord, ShapeKey, WarmUp
-from fluxcli.engine import denoise, memory, step_cache
+from fluxcli.engine import denoise, memory, step_cache, true_cfg
 from fluxcli.engine.attention.backends import Attend, Attention, check, sdpa
 from fluxcli.engine.denoise import Moment, Steps
 from fluxcli.engine.flight import Clock, InFlight
@@ -162,7 +162,7 @@ class Engine:
             added = self._prepare(self._at_once(batch.key)).added
             assert added is not None
             norms = step_cache.Norms(added)
-            txt, vec = self._encode(batch.key, _prompts(batch.key, batch.records))
+            txt, vec = self._encode(batch.key, true_cfg.prompts(batch.key, batch.records))
             self._denoise(batch, batch.records, txt, vec, norms.watched)
             return norms.ratios()
 
@@ -171,10 +171,10 @@ class Engine:
         records = [*batch.records, *[batch.records[-1]] * (batch.key.batch_size - len(batch.records))]
         clock = Clock(self._cuda)
         with one_thread() if self._singly else nullcontext():
-            txt, vec = self._encode(batch.key, _prompts(batch.key, records))
+            txt, vec = self._encode(batch.key, true_cfg.prompts(batch.key, records))
             clock.mark()
             if self._singly:
-                apart = (_of_each(each, batch.key.branches) for each in (txt, vec))
+                apart = (true_cfg.of_each(each, batch.key.branches) for each in (txt, vec))
                 parts = zip([[record] for record in records], *apart, strict=True)
                 img = torch.cat([self._denoise(batch, *part) for part in parts])
             else:
@@ -308,17 +308,6 @@ class Engine:
         arrived = torch.cuda.Event()
         arrived.record(self._copies)
         return host[0], host[1], arrived
-
-
-def _prompts(key: ShapeKey, records: Sequence[PromptRecord]) -> list[str]:
-    """Of each row of the denoiser: of the images, then of their second branches."""
-    negative = [record.negative_prompt or "" for record in records] if key.branches > 1 else []
-    return [*(record.prompt for record in records), *negative]
-
-
-def _of_each(rows: Tensor, branches: int) -> list[Tensor]:
-    """[branches * B, ...] -> of each of B images its own rows, [branches, ...]."""
-    return [each.contiguous() for each in rows.unflatten(0, (branches, -1)).unbind(1)]
 
 
 def _compile_blocks(*stacks: torch.nn.ModuleList) -> None:

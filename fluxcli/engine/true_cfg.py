@@ -1,8 +1,12 @@
 """True classifier-free guidance: each image on two rows of the denoiser, of its prompt and of its negative prompt, and
 one velocity of both. As FluxPipeline's `true_cfg_scale` means it."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from fluxcli.core.records import PromptRecord, ShapeKey
 
 
 class OneBranch:
@@ -40,3 +44,14 @@ class TwoBranches:
 
 
 Branches = OneBranch | TwoBranches
+
+
+def prompts(key: ShapeKey, records: Sequence[PromptRecord]) -> list[str]:
+    """Of each row of the denoiser: the prompts of B images, then the negative prompts where there are two branches."""
+    negative = [record.negative_prompt or "" for record in records] if key.branches > 1 else []
+    return [*(record.prompt for record in records), *negative]
+
+
+def of_each(rows: Tensor, branches: int) -> list[Tensor]:
+    """[branches * B, ...] -> of each of B images its own rows, [branches, ...]."""
+    return [each.contiguous() for each in rows.unflatten(0, (branches, -1)).unbind(1)]
