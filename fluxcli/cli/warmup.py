@@ -147,7 +147,7 @@ def warmup(
         say(f"{export}: {size / 1e6:.1f} MB")
     if as_json:
         data = [
-            {**one.key._asdict(), "seconds": round(one.seconds, 3), "state": one.state, "attention": one.attention}
+            {**one.key.told(), "seconds": round(one.seconds, 3), "state": one.state, "attention": one.attention}
             for one in shapes
         ]
         click.echo(json.dumps({"shapes": data, "seconds": round(seconds, 3), "cache": str(compile_cache.root())}))

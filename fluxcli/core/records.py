@@ -1,6 +1,6 @@
 """The frozen records that flow through fluxcli, below everything else: row -> batch -> images -> manifest row."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,6 +31,15 @@ class ShapeKey(NamedTuple):
     def rows(self) -> int:
         """Of the denoiser."""
         return self.batch_size * self.branches
+
+    def told(self) -> dict[str, int]:
+        """As data: `branches` only where there are two."""
+        return {name: value for name, value in self._asdict().items() if name != "branches" or value > 1}
+
+    @classmethod
+    def of(cls, told: Mapping[str, Any]) -> "ShapeKey":
+        """From such data, or more."""
+        return cls(**{name: told[name] for name in cls._fields if name in told})
 
     def __str__(self) -> str:
         guided = ", true CFG" if self.branches > 1 else ""

@@ -77,7 +77,7 @@ def test_the_dry_run_tells_its_cost(batch: Command) -> None:
     data = batch("-o", "out", "--dry-run", "--json").json
     assert data["true_cfg"] == {"images": 2, "more": 0.5}
     assert [(group["images"], group.get("true_cfg")) for group in data["groups"]] == [(2, True), (2, None)]
-    assert [shape["branches"] for shape in data["shapes"]] == [2, 1]
+    assert [shape.get("branches") for shape in data["shapes"]] == [2, None]
     assert "true_cfg" not in batch("-o", "out", "--dry-run", "--json", "--limit", 1).json
 
 
@@ -143,7 +143,7 @@ def test_warmup_makes_its_shapes_ready(inside: Command, batch: Command) -> None:
         "--json",
     )
     assert sizes.returncode == 0, sizes.stderr
-    assert [shape["branches"] for shape in sizes.json["shapes"]] == [2]
+    assert [shape.get("branches") for shape in sizes.json["shapes"]] == [2]
     assert "2 x 64x64, text 64, true CFG" in sizes.stderr
     rows = inside("warmup", "in.jsonl", *SMALL, "--json")
-    assert [(shape["batch_size"], shape["branches"]) for shape in rows.json["shapes"]] == [(2, 2), (2, 1)]
+    assert [(shape["batch_size"], shape.get("branches")) for shape in rows.json["shapes"]] == [(2, 2), (2, None)]

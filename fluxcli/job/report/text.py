@@ -67,7 +67,7 @@ def plan_data(intake: Intake, plan: Plan) -> dict[str, Any]:
         "batch_padding": _share(slots, len(intake.groups)),
         **({"denoising": _denoising(intake)} if step_cache.on else {}),
         **({"true_cfg": told} if (told := _true_cfg(in_group, step_cache)) else {}),
-        "shapes": [key._asdict() for key in plan.shapes()],
+        "shapes": [key.told() for key in plan.shapes()],
         "failures": [failure.as_row() for failure in intake.failures],
     }
 
@@ -99,7 +99,7 @@ def plan_table(data: dict[str, Any]) -> str:
         )
     shapes = ", ".join(
         f"{shape['batch_size']} x {shape['width']}x{shape['height']}/{shape['text_length']}"
-        + (" true CFG" if shape["branches"] > 1 else "")
+        + (" true CFG" if "branches" in shape else "")
         for shape in data["shapes"]
     )
     lines.append(f"shapes to compile: {len(data['shapes'])}" + (f" ({shapes})" if shapes else ""))
