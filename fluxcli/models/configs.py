@@ -51,8 +51,7 @@ def read_config(directory: Path, config: str = "config.json") -> dict[str, Any]:
         raise ModelError(f"{path}: the weights are quantised ({method}); fluxcli needs the original ones")
     if "vocab_size" not in given and isinstance(given.get("text_config"), dict):
         given = given["text_config"]  # of a whole CLIP model: its text half
-    for key, value in given.items():
-        _check_number(path, key, value)
+    check_numbers(path, given)
     return {key: value for key, value in given.items() if not key.startswith("_")}
 
 
@@ -157,6 +156,12 @@ def _alike(value: Any, default: object) -> bool:
     if default is None:
         return value is None or type(value) is int
     return type(value) is int and value >= 0
+
+
+def check_numbers(path: Path, config: Mapping[str, Any]) -> None:
+    """Raises ModelError, naming `path`, for a number that nothing can be built of."""
+    for key, value in config.items():
+        _check_number(path, key, value)
 
 
 def _check_number(path: Path, key: str, value: Any) -> None:

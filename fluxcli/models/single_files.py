@@ -7,6 +7,7 @@ from typing import Any
 from fluxcli.core.errors import ModelError
 from fluxcli.core.family import Family, Part
 from fluxcli.models import gguf
+from fluxcli.models.configs import check_numbers
 from fluxcli.models.files import shown
 from fluxcli.models.flux1 import layouts
 from fluxcli.models.headers import GGUF, Header, read_header
@@ -54,7 +55,9 @@ def transformer_sizes(path: Path, part: Part) -> dict[str, Any]:
     shapes = {entry.name: entry.shape for _, header in weights.heads() for entry in header.entries}
     if kind := layouts.another(shapes):
         raise ModelError(f"{path}: is {kind}")
-    return layouts.sizes(weights.layout, shapes)
+    found = layouts.sizes(weights.layout, shapes)
+    check_numbers(path, found)
+    return found
 
 
 def read(path: Path) -> Header:

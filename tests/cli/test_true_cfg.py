@@ -147,3 +147,9 @@ def test_warmup_makes_its_shapes_ready(inside: Command, batch: Command) -> None:
     assert "2 x 64x64, text 64, true CFG" in sizes.stderr
     rows = inside("warmup", "in.jsonl", *SMALL, "--json")
     assert [(shape["batch_size"], shape.get("branches")) for shape in rows.json["shapes"]] == [(2, 2), (2, None)]
+
+
+def test_calibrate_measures_both_branches(inside: Command, batch: Command) -> None:
+    done = inside("calibrate", "in.jsonl", *SMALL, "--steps", 4, "--limit", 3, "-o", "ratios.json", "--json")
+    assert done.returncode == 0, done.stderr
+    assert "1 x 64x64, text 64, true CFG" in done.stderr and len(done.json["ratios"]) == 4

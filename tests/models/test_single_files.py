@@ -62,6 +62,10 @@ FILES: dict[str, tuple[Change, str]] = {
     ),
     "Stable Diffusion 3": (only("model.diffusion_model.joint_blocks.0.x.weight"), r"it is Stable Diffusion 3"),
     "Fill": (fill, r"takes 384 channels and makes 64: FLUX\.1 Fill, a control model or their like"),
+    "2,000 blocks": (
+        with_names(*(f"double_blocks.{block}.x" for block in range(2000))),
+        r"file\.safetensors: num_layers is 2000; fluxcli builds at most 1000",
+    ),
     "something": (only("a", "b"), r"it is none that fluxcli knows, with a, b$"),
     "nothing": (lambda given: {}, r"it is an empty one"),
     "names that no terminal may see": (only("\x1b]0;x\x07"), r"with \\x1b\]0;x\\x07$"),
