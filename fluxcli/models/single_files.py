@@ -90,4 +90,4 @@ def _told(header: Header) -> str:
     names = sorted(entry.name for entry in header.entries)
     if not names:
         return "an empty one"
-    return layouts.another(names) or f"none that fluxcli knows, with {', '.join(map(shown, names[:_PREFIXES]))}"
+    return layouts.what(names) or f"none that fluxcli knows, with {', '.join(map(shown, names[:_PREFIXES]))}"

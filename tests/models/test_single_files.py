@@ -91,8 +91,23 @@ OPTIONS: dict[str, tuple[str, str]] = {
     "x.txt": ("vae", r"x\.txt: is no file of weights that fluxcli reads, which end in \.safetensors, \.sft, \.gguf"),
     "lfs.safetensors": ("vae", r"lfs\.safetensors: is a git-lfs pointer"),
     "page.safetensors": ("vae", r"page\.safetensors: cannot be read: it is a web page"),
-    "other.safetensors": ("vae", r"other\.safetensors: holds no vae: it is none that fluxcli knows"),
+    "other.safetensors": ("vae", r"other\.safetensors: holds no vae: it is a denoiser$"),
 }
+
+
+def test_a_part_given_for_another_is_told(model: Path, tmp_path: Path) -> None:
+    clip = {f"text_model.{name}": each for name, each in tensors(model, "text_encoder").items()}
+    files = {
+        "a denoiser": bfl(tensors(model, "transformer")),
+        "a VAE": ae(tensors(model, "vae")),
+        "a T5": tensors(model, "text_encoder_2"),
+        "a CLIP": clip,
+    }
+    for number, (kind, given) in enumerate(files.items()):
+        file = save(tmp_path / f"{number}.safetensors", given)
+        part = ("vae", "text_encoder", "transformer", "text_encoder_2")[number]
+        with pytest.raises(ModelError, match=rf"holds no {part}: it is {kind}$"):
+            resolve(str(model), files={part: file})
 
 
 @pytest.mark.parametrize("name", OPTIONS)

@@ -118,7 +118,26 @@ _KINDS = (
 )
 
 
+# What it is that may be one.
+_PARTS = (
+    (r"\b(img_attn\.qkv|attn\.add_q_proj)\b", "a denoiser"),
+    (r"\bdecoder\.(mid|mid_block|up)\b", "a VAE"),
+    (r"\bSelfAttention\b|^enc\.blk\b", "a T5"),
+    (r"\bembeddings\.token_embedding\b", "a CLIP"),
+)
+
+
 def another(names: Iterable[str]) -> str | None:
     """What a file is, where such names tell that it is none of FLUX.1's parts."""
+    return _first(_KINDS, names)
+
+
+def what(names: Iterable[str]) -> str | None:
+    """What a file with such names is, as far as they tell."""
     known = list(names)
-    return next((kind for pattern, kind in _KINDS if any(re.search(pattern, name) for name in known)), None)
+    return _first(_KINDS, known) or _first(_PARTS, known)
+
+
+def _first(kinds: Iterable[tuple[str, str]], names: Iterable[str]) -> str | None:
+    known = list(names)
+    return next((kind for pattern, kind in kinds if any(re.search(pattern, name) for name in known)), None)
