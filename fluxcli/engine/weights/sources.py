@@ -46,7 +46,7 @@ def paired(slots: Slots, weights: Weights, ignored: str | None = None) -> Iterat
     wanted: dict[str, list[Stored]] = {}
     for name, slot in slots:
         places = wanted.setdefault(_canonical(name), [])
-        if _address(slot) not in map(_address, places):  # tied tensors are one
+        if _place(slot) not in map(_place, places):  # tied tensors are one
             places.append(slot)
     pairs: Pairs = []
     found: set[str] = set()
@@ -75,9 +75,9 @@ def paired(slots: Slots, weights: Weights, ignored: str | None = None) -> Iterat
                     if isinstance(source, Tensor):
                         source = scales.applied(path, entry, source.reshape(shape))
                     pairs += zip(places, split(source, [len(values_of(place)) for place in places]), strict=True)
-        filled = {values_of(slot).data_ptr() for name in found for slot in wanted[name]}
+        filled = {_place(slot) for name in found for slot in wanted[name]}
         # Tied tensors have one name or several.
-        missing = [name for name, places in wanted.items() if not filled.issuperset(map(_address, places))]
+        missing = [name for name, places in wanted.items() if not filled.issuperset(map(_place, places))]
         # A surplus name beside a missing one tells why: another's names, a compiled module's, an adapter's.
         beside = f" (and it has {shown(min(surplus))}, which fluxcli does not know)" if surplus else ""
         _refuse(weights.where, "missing", missing, beside)
@@ -86,8 +86,10 @@ def paired(slots: Slots, weights: Weights, ignored: str | None = None) -> Iterat
         yield pairs
 
 
-def _address(slot: Stored) -> int:
-    return values_of(slot).data_ptr()
+def _place(slot: Stored) -> tuple[int, int]:
+    """Equal for tied tensors alone; on the meta device too, where all lie at the same address."""
+    tensor = values_of(slot)
+    return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
 
 
 def _shape(places: list[Stored]) -> tuple[int, ...]:

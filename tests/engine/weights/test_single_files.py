@@ -12,10 +12,14 @@ import torch
 from fluxcli.core.errors import ModelError
 from fluxcli.engine.engine import Engine
 from fluxcli.engine.matmul.torch_ import Reference
+from fluxcli.engine.nets.flux1 import Flux, FluxConfig
 from fluxcli.engine.runtime.device import resolve as resolve_device
-from fluxcli.engine.weights import copying, fill
+from fluxcli.engine.weights import copying, fill, sources
 from fluxcli.models import checkpoints
 from fluxcli.models.checkpoints import resolve
+from fluxcli.models.flux1.family import FLUX1
+from fluxcli.models.flux1.names import TABLES
+from fluxcli.models.single_files import weights_in
 from tests import single_files
 from tests.engine.test_parity import records, run
 from tests.engine.weights.test_fill import DEVICES
@@ -217,6 +221,26 @@ def test_a_file_says_how_many_blocks_there_are_and_whether_it_takes_guidance(
     assert same(drawn(model, {"transformer": file}), expected)
     schnell = save(tmp_path / "y.safetensors", bfl(tensors(other, "transformer")))
     assert not resolve(str(model), files={"transformer": schnell}).takes_guidance
+
+
+def test_a_file_is_held_against_a_model_without_memory(pipeline: Pipeline, tmp_path: Path) -> None:
+    """As those do who want some of its tensors alone."""
+    model = pipeline(DEV)
+    file = save(tmp_path / "x.safetensors", bfl(tensors(model, "transformer")))
+    checkpoint = resolve(str(model), files={"transformer": file})
+    with torch.device("meta"):
+        flux = Flux(FluxConfig.from_json(checkpoint.transformer), Reference())
+    with sources.paired(flux.slots(TABLES["bfl"]), checkpoint.weights("transformer")) as pairs:
+        assert len(pairs) == len(list(flux.slots(TABLES["bfl"])))
+    lacking = save(tmp_path / "y.safetensors", {"double_blocks.0.img_attn.qkv.weight": torch.ones(288, 96)})
+    with (
+        pytest.raises(ModelError, match=r"missing: double_blocks\.0\.img_attn\.norm\.key_norm\.scale"),
+        sources.paired(
+            flux.slots(TABLES["bfl"]),
+            weights_in(model, "transformer", FLUX1.parts["transformer"], {"transformer": lacking}),
+        ),
+    ):
+        pass
 
 
 @pytest.mark.parametrize(("part", "name"), [("transformer", "img_in.bias"), ("vae", "decoder.conv_in.bias")])
