@@ -3,7 +3,7 @@ command line's; here a model is always named."""
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +31,7 @@ def load(
     model: str | os.PathLike[str],
     *,
     revision: str | None = None,
+    files: Mapping[str, str | os.PathLike[str]] | None = None,
     device: str = "auto",
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
     compile: bool | None = None,
@@ -39,9 +40,11 @@ def load(
     text_lengths: Sequence[int] = config.TEXT_LENGTHS,
     step_cache: str = "off",
 ) -> "Model":
-    """Loads a model: a hub id, a pipeline directory, `tiny`, or `random:flux-dev`.
+    """Loads a model: a hub id, a pipeline directory, a single file, `tiny`, or `random:flux-dev`.
 
     Args:
+        files: single files in place of the weights of "transformer", "vae", "text_encoder" (CLIP) or "text_encoder_2"
+            (T5).
         device: "cuda", "cuda:N", "cpu", or "auto" for the GPU where there is one.
         compile: prepare each shape at its first use; None does on a GPU.
         quantization: "fp8" for the large matmuls in 8 bits.
@@ -54,7 +57,8 @@ def load(
     from fluxcli.engine.engine import Engine
 
     lengths = _buckets(text_lengths)
-    checkpoint, engine, cache = _settled(model, revision, device, dtype, compile, attention, quantization, step_cache)
+    machine = (device, dtype, compile, attention, quantization, step_cache)
+    checkpoint, engine, cache = _settled(model, revision, files, *machine)
     return Model(checkpoint, Engine(checkpoint, engine), lengths, cache)
 
 
@@ -76,6 +80,8 @@ class Model:
         height: int | None = None,
         steps: int | None = None,
         guidance: float | None = None,
+        negative_prompt: str | None = None,
+        true_cfg_scale: float = 1.0,
         seed: int = 0,
         n: int = 1,
         lora: "Lora" = (),
@@ -86,6 +92,7 @@ class Model:
         Args:
             width, height: pixels, multiples of 16 from 64 to 4096. None is the model's own, as for steps and guidance.
             lora: a path, or paths and {"path": ..., "scale": ...}, as a row's.
+            negative_prompt: with a `true_cfg_scale` above 1, what to guide away from; it may be empty.
             batch_size: images made at once.
 
         Raises:
@@ -97,7 +104,9 @@ class Model:
 
         _between("batch_size", batch_size, config.MOST_IMAGES)
         self._checkpoint.adapters.refresh()
-        defaults = _row_defaults(self._checkpoint, width, height, steps, guidance, seed, lora, self._step_cache)
+        given: dict[str, Any] = {"width": width, "height": height, "steps": steps, "guidance": guidance, "seed": seed}
+        given |= {"negative_prompt": negative_prompt, "true_cfg_scale": true_cfg_scale, "lora": lora}
+        defaults = _row_defaults(self._checkpoint, given, self._step_cache)
         records = single.requested(prompt, seed, n, defaults, self._tokenizers, self._text_lengths)
         images = []
         for part, result in single.made(self._engine, records, batch_size, defaults.step_cache):
@@ -125,6 +134,7 @@ class Job:
     output: str | os.PathLike[str]
     model: str | os.PathLike[str]
     revision: str | None = None
+    files: Mapping[str, str | os.PathLike[str]] | None = None
     device: str = "auto"
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     compile: bool | None = None
@@ -137,6 +147,8 @@ class Job:
     height: int | None = None
     steps: int | None = None
     guidance: float | None = None
+    negative_prompt: str | None = None
+    true_cfg_scale: float = 1.0
     seed: int = 0
     lora: "Lora" = ()
     format: Literal["png", "jpg", "webp"] = "png"
@@ -173,13 +185,13 @@ class Job:
         several = worker.processes(_gpus(self.gpus), self.workers, self.device)
         device = self.device if several is None else several.device
         machine = (device, self.dtype, self.compile, self.attention, self.quantization, self.step_cache)
-        checkpoint, engine, cache = _settled(self.model, self.revision, *machine)
+        checkpoint, engine, cache = _settled(self.model, self.revision, self.files, *machine)
         made = job.Job(
             os.fspath(self.input),
             Path(self.output),
             checkpoint,
             engine,
-            _row_defaults(checkpoint, self.width, self.height, self.steps, self.guidance, self.seed, self.lora, cache),
+            _row_defaults(checkpoint, {name: getattr(self, name) for name in _OF_ROWS}, cache),
             text_lengths=_buckets(self.text_lengths),
             image=config.ImageFormat(self.format, self.quality),
             batch_size=self.batch_size,
@@ -200,6 +212,7 @@ class Job:
 def _settled(
     model: str | os.PathLike[str],
     revision: str | None,
+    files: Mapping[str, str | os.PathLike[str]] | None,
     device: str,
     dtype: str,
     compile: bool | None,
@@ -216,38 +229,37 @@ def _settled(
     _one_of("dtype", dtype, ("auto", *config.DTYPES))
     _one_of("attention", attention, ("auto", *config.ATTENTION))
     _one_of("quantization", quantization, config.QUANTIZATION)
+    for part in files or ():
+        _one_of("files", part, checkpoints.FILE_PARTS)
     wanted, engine = parse(step_cache), devices.resolve(device, dtype, compile, attention, quantization)
-    checkpoint = checkpoints.resolve(os.fspath(model), revision)
+    checkpoint = checkpoints.resolve(os.fspath(model), revision, files)
     return checkpoint, replace(engine, step_cache=wanted.on), settled(wanted, checkpoint)
 
 
-def _row_defaults(
-    checkpoint: "Checkpoint",
-    width: int | None,
-    height: int | None,
-    steps: int | None,
-    guidance: float | None,
-    seed: int,
-    lora: "Lora",
-    step_cache: "StepCache",
-) -> config.RowDefaults:
-    """Checked as a row is."""
+_OF_ROWS = ("width", "height", "steps", "guidance", "negative_prompt", "true_cfg_scale", "seed", "lora")
+
+
+def _row_defaults(checkpoint: "Checkpoint", given: Mapping[str, Any], step_cache: "StepCache") -> config.RowDefaults:
+    """Settings by the names of `_OF_ROWS`, checked as a row's are."""
     from fluxcli.job.input.check import MAX_SEED, check_row
 
+    seed = given["seed"]
     if type(seed) is not int or not 0 <= seed <= MAX_SEED:
         raise UsageError(f"seed must be 0 to {MAX_SEED}, got {seed!r}")
+    lora = given["lora"]
     several = [lora] if isinstance(lora, str | os.PathLike | dict) else lora
-    adapters = [os.fspath(each) if isinstance(each, os.PathLike) else each for each in several]
-    given = {"width": width, "height": height, "steps": steps, "guidance": guidance, "seed": seed, "lora": adapters}
+    given = {**given, "lora": [os.fspath(each) if isinstance(each, os.PathLike) else each for each in several]}
     try:
         own = replace(checkpoint.row_defaults(), step_cache=step_cache)
         (row,) = check_row({"prompt": "any", **given}, 0, 1, own)
     except RowError as error:
         raise UsageError(str(error)) from error
     taken = row.guidance_scale if checkpoint.takes_guidance else None
-    return config.RowDefaults(
-        row.width, row.height, row.num_inference_steps, taken, row.seed, step_cache, row.adapters, own.adapter
-    )
+    sizes = (row.width, row.height, row.num_inference_steps)
+    scale = max(1.0, float(given["true_cfg_scale"]))  # of rows that have a negative prompt of their own
+    own = replace(own, adapters=row.adapters, negative_prompt=row.negative_prompt, true_cfg_scale=scale)
+    width, height, steps = sizes
+    return replace(own, width=width, height=height, num_inference_steps=steps, guidance_scale=taken, seed=row.seed)
 
 
 def _buckets(text_lengths: Sequence[int]) -> tuple[int, ...]:

@@ -26,9 +26,10 @@ class Processes:
     def workers(self, checkpoint: Checkpoint, config: EngineConfig) -> Workers:
         """What a job runs in, settled for `device`: each process sees its own GPU alone."""
         about = {"name": checkpoint.name, "directory": str(checkpoint.directory.absolute())}
+        files = {part: str(file.absolute()) for part, file in checkpoint.files.items()}
         device = "cuda:0" if config.device.startswith("cuda") else config.device
         settings = {
-            "checkpoint": {**about, "revision": checkpoint.revision, "random": checkpoint.random},
+            "checkpoint": {**about, "revision": checkpoint.revision, "random": checkpoint.random, "files": files},
             "engine": {**asdict(config), "device": device},
         }
         return Workers("fluxcli.worker", settings, self.names, self.environments)
@@ -88,7 +89,8 @@ def _engine(settings: dict[str, Any], shapes: list[ShapeKey], say: Callable[[str
 
     start = time.perf_counter()
     about = settings["checkpoint"]
-    checkpoint = Checkpoint(**{**about, "directory": Path(about["directory"])})
+    files = {part: Path(file) for part, file in about["files"].items()}
+    checkpoint = Checkpoint(**{**about, "directory": Path(about["directory"]), "files": files})
     config = EngineConfig(**settings["engine"])
     engine = Engine(checkpoint, config, shapes)
     say(f"{checkpoint.name} ({config.dtype}) loaded in {time.perf_counter() - start:.1f} s")

@@ -10,6 +10,8 @@ from PIL import Image
 
 import fluxcli
 from tests.conftest import read_rows, write_rows
+from tests.pipelines import DEV
+from tests.single_files import all_in_one
 
 SMALL = {"width": 64, "height": 64, "steps": 1}
 OPTIONS = ("-m", "tiny", "--width", 64, "--height", 64, "--steps", 1)
@@ -139,3 +141,36 @@ def test_adapters_are_a_rows_and_a_file_made_anew_is_read_anew(tiny: fluxcli.Mod
     assert job.run()["exit_status"] == 0
     (row,) = read_rows(tmp_path / "out" / "manifest.jsonl")
     assert (row["lora"][0]["scale"], row["lora"][0]["path"]) == (0.5, str(path))
+
+
+def test_true_cfg_from_python(tmp_path: Path) -> None:
+    model = fluxcli.load("tiny", device="cpu")
+    words = {"width": 64, "height": 64, "steps": 2, "seed": 3}
+    plain, off, guided = (
+        model.generate("a red circle", **words, **more)[0].tobytes()
+        for more in ({}, {"negative_prompt": ""}, {"negative_prompt": "", "true_cfg_scale": 4})
+    )
+    assert plain == off != guided
+    with pytest.raises(fluxcli.FluxcliError, match="negative_prompt needs true_cfg_scale above 1"):
+        model.generate("x", negative_prompt="ugly")
+    with pytest.raises(fluxcli.FluxcliError, match="true_cfg_scale must be a number"):
+        model.generate("x", true_cfg_scale="4")  # type: ignore[arg-type]
+    (tmp_path / "in.jsonl").write_text('{"prompt": "a red circle", "seed": 3}\n')
+    settings = {"device": "cpu", "width": 64, "height": 64, "steps": 2, "negative_prompt": "", "true_cfg_scale": 4}
+    totals = fluxcli.Job(tmp_path / "in.jsonl", tmp_path / "out", "tiny", **settings).run()
+    assert totals["exit_status"] == 0
+    with Image.open(tmp_path / "out" / "images" / "000000.png") as made:
+        assert made.tobytes() == guided
+
+
+def test_single_files_from_python(pipeline, tmp_path: Path) -> None:
+    model = pipeline(DEV)
+    whole = all_in_one(model, tmp_path / "whole.safetensors")
+    words = {"width": 64, "height": 64, "steps": 2}
+    made = [
+        fluxcli.load(model, device="cpu", files=files).generate("x", **words)[0].tobytes()
+        for files in (None, {"transformer": whole, "vae": whole})
+    ]
+    assert made[0] == made[1]
+    with pytest.raises(fluxcli.FluxcliError, match=r"files must be one of .*, got 'tokenizer'"):
+        fluxcli.load(model, files={"tokenizer": whole})

@@ -17,8 +17,8 @@ GROUND = ("core", "models.flux1", "models")
 JOB = ("job.output", "job.plan", "job.input", "job.run", "job.fleet", "job.report", "job.single", "job.job")
 ENGINE = (
     "engine.denoise", "engine.runtime", "engine.flight", "engine.attention", "engine.matmul",
-    "engine.layers", "engine.nets", "engine.step_cache", "engine.weights", "engine.text", "engine.vae", "engine.lpips",
-    "engine.memory",
+    "engine.layers", "engine.nets", "engine.true_cfg", "engine.step_cache", "engine.weights", "engine.text",
+    "engine.vae", "engine.lpips", "engine.memory",
     "engine.engine",
 )  # fmt: skip
 TOP = ("worker", "api", "bench", "cli", "__main__")

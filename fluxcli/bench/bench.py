@@ -112,7 +112,7 @@ class Bench:
         try:
             return parity(engine, plain, self.checkpoint.transformer, key, steps, eight)
         except (FluxcliError, torch.OutOfMemoryError) as error:
-            return {**key._asdict(), "error": first_line(error)}
+            return {**key.told(), "error": first_line(error)}
 
     def _shape(
         self,
@@ -123,7 +123,7 @@ class Bench:
         save: Save,
         say: Say,
     ) -> dict[str, Any]:
-        row: dict[str, Any] = key._asdict()
+        row: dict[str, Any] = key.told()
         say(f"{key}: measuring")
         try:
             row |= self._images(engine, key, save)
@@ -246,7 +246,7 @@ def errors(result: Mapping[str, Any]) -> list[str]:
     """What could not be measured, a line each."""
     found = []
     for row in result["shapes"]:
-        name = str(ShapeKey(*(row[field] for field in ShapeKey._fields)))
+        name = str(ShapeKey.of(row))
         if "error" in row:
             found.append(f"{name}: {row['error']}")
         found += [f"{name}, {peer}: {each['error']}" for peer, each in row.get("peers", {}).items() if "error" in each]
@@ -260,7 +260,7 @@ def _start_seconds(key: ShapeKey, starts: Mapping[str, Any] | None) -> dict[str,
     found: dict[str, float | None] = {"cold_s": None, "cached_s": None}
     if starts and "error" not in starts:
         for kind, start in starts.items():
-            own = [shape for shape in start["shapes"] if key._asdict().items() <= shape.items()]
+            own = [shape for shape in start["shapes"] if key.told().items() <= shape.items()]
             found[f"{kind}_s"] = own[0]["seconds"]
     return found
 

@@ -41,5 +41,5 @@ def _start(cache: str, checkpoint: Checkpoint, config: EngineConfig, keys: Seque
     return {
         "seconds": time.perf_counter() - start,
         "load_s": load_s,
-        "shapes": [{**one.key._asdict(), "seconds": one.seconds, "state": one.state} for one in shapes],
+        "shapes": [{**one.key.told(), "seconds": one.seconds, "state": one.state} for one in shapes],
     }

@@ -44,7 +44,7 @@ def parity(
     theirs = peers.denoise(model, inputs, sigmas, DTYPES[config.dtype])
     exact = peers.denoise(peers.in_float32(model), inputs, sigmas, torch.float32)
     return {
-        **key._asdict(),
+        **key.told(),
         "steps": steps,
         "ours_to_diffusers": _error(ours, theirs),
         "ours_to_float32": _error(ours, exact),

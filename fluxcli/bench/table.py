@@ -83,7 +83,7 @@ def parity_line(result: Mapping[str, Any]) -> str:
     found = result.get("parity")
     if not found or "error" in found:
         return ""
-    key = ShapeKey(*(found[field] for field in ShapeKey._fields))
+    key = ShapeKey.of(found)
     return (
         f"latents after {found['steps']} steps at {key}, relative error: ours to diffusers in {result['dtype']} "
         f"{found['ours_to_diffusers']:.2g}; to diffusers in float32 ours {found['ours_to_float32']:.2g}, "

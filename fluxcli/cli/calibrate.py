@@ -79,7 +79,7 @@ def calibrate(
         records = intake.records(range(min(limit, len(intake.groups))))  # a row may ask for many images
     if not records:
         raise InputError(f"{source.name}: has no rows")
-    keys = [ShapeKey(1, each.height, each.width, each.text_length) for each in records]
+    keys = [each.group.shape(1) for each in records]
     shapes = sorted(set(keys), key=ShapeKey.tokens, reverse=True)
     engine = load_engine(checkpoint, replace(engine_config, step_cache=True), shapes)
     engine.warm_up(shapes)

@@ -52,6 +52,16 @@ class Machine:
     compile: bool | None
     attention: str
     quantization: str
+    transformer: Path | None
+    vae: Path | None
+    text_encoder: Path | None
+    text_encoder_2: Path | None
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """Single files, by the parts whose weights they hold."""
+        parts = ("transformer", "vae", "text_encoder", "text_encoder_2")
+        return {part: getattr(self, part) for part in parts if getattr(self, part) is not None}
 
 
 @dataclass(frozen=True)
@@ -73,6 +83,8 @@ class Rows:
     guidance: float | None
     seed: int
     lora: tuple[tuple[str, float], ...] = ()
+    negative_prompt: str | None = None
+    true_cfg_scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -123,8 +135,13 @@ machine_options = _group(
         metavar="MODEL",
         envvar="FLUXCLI_MODEL",
         show_envvar=True,
-        help="Hub id, pipeline directory, tiny, or random:flux-dev.  [default: FLUX.1-dev on a GPU, else tiny]",
+        help="Hub id, pipeline directory, single file (.safetensors, .gguf), tiny, or random:flux-dev.  "
+        "[default: FLUX.1-dev on a GPU, else tiny]",
     ),
+    click.option("--transformer", type=FILE, help="Single file with the denoiser, in place of the model's own."),
+    click.option("--vae", type=FILE, help="Single file with the VAE."),
+    click.option("--text-encoder", type=FILE, help="Single file with CLIP."),
+    click.option("--text-encoder-2", type=FILE, help="Single file with T5."),
     click.option("--revision", help="Branch, tag or commit of a model from the hub."),
     click.option(
         "--dtype",
@@ -203,6 +220,15 @@ row_options = _group(
         type=Lora(),
         multiple=True,
         help="An adapter, a .safetensors file, for every image whose row names none. May be given several times.",
+    ),
+    click.option("--negative-prompt", metavar="TEXT", help="Of an image whose row has none; with --true-cfg-scale."),
+    click.option(
+        "--true-cfg-scale",
+        type=Finite(),
+        default=1.0,
+        show_default=True,
+        help="Above 1, true guidance away from the negative prompt, which may be empty: twice the denoiser's work. For "
+        "models that are not distilled.",
     ),
 )
 format_options = _group(

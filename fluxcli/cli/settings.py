@@ -28,9 +28,10 @@ def say(text: str) -> None:
         signals.tell(text)
 
 
-def checkpoint_of(name: str | None, revision: str | None) -> "Checkpoint":
+def checkpoint_of(machine: "Machine") -> "Checkpoint":
     from fluxcli.models import checkpoints
 
+    name = machine.model
     if name is None:
         from fluxcli.engine.runtime import device
 
@@ -40,7 +41,7 @@ def checkpoint_of(name: str | None, revision: str | None) -> "Checkpoint":
         else:
             name = "tiny"
             say("no --model given and no CUDA GPU here: using the built-in tiny model")
-    return checkpoints.resolve(name, revision)
+    return checkpoints.resolve(name, machine.revision, machine.files)
 
 
 def load_engine(checkpoint: "Checkpoint", engine_config: config.EngineConfig, shapes: "Sequence[ShapeKey]") -> "Engine":
@@ -68,8 +69,10 @@ def settings(
     """What the options mean here, every "auto" and default settled. A `strict` one that changes nothing is refused."""
     from fluxcli.models.step_cache import parse, settled
 
+    if rows.negative_prompt and rows.true_cfg_scale <= 1:
+        raise UsageError("--negative-prompt needs --true-cfg-scale above 1; without it, it would change nothing")
     wanted = parse(step_cache)  # a mistake is told before a model is downloaded
-    checkpoint = checkpoint_of(machine.model, machine.revision)
+    checkpoint = checkpoint_of(machine)
     if rows.guidance is not None and not checkpoint.takes_guidance:
         remark = f"--guidance changes nothing: {checkpoint.name} takes no guidance scale"
         if strict:
@@ -102,4 +105,6 @@ def _row_defaults(checkpoint: "Checkpoint", rows: "Rows") -> config.RowDefaults:
         seed=rows.seed,
         adapters=tuple(checkpoint.adapters.adapter(path, scale) for path, scale in rows.lora),
         adapter=checkpoint.adapters.adapter,
+        negative_prompt=rows.negative_prompt if rows.true_cfg_scale > 1 else None,
+        true_cfg_scale=max(1.0, rows.true_cfg_scale),
     )

@@ -86,7 +86,7 @@ def warmup(
 
     A later batch on the same shapes compiles nothing. With --import and neither INPUT nor --size nothing is compiled.
     """
-    from fluxcli.core.records import Group, ShapeKey, WarmUp
+    from fluxcli.core.records import Group, WarmUp
     from fluxcli.engine.runtime import cache_archive, compile_cache, sealed
     from fluxcli.job.fleet.warming import warm_up
     from fluxcli.job.input.keys import Columns
@@ -127,8 +127,9 @@ def warmup(
             keys = job.whole_plan(source, say).shapes()
     else:
         chosen = sizes or [(defaults.width, defaults.height)]
-        groups = {Group(height, width, length, 1) for width, height in chosen for length in text_lengths}
-        wanted = [ShapeKey(size_of(sizes_of, group), group.height, group.width, group.text_length) for group in groups]
+        branches = 2 if defaults.true_cfg_scale > 1 else 1
+        groups = {Group(height, width, length, 1, branches) for width, height in chosen for length in text_lengths}
+        wanted = [group.shape(size_of(sizes_of, group)) for group in groups]
         keys = sorted(wanted, key=lambda key: (key.tokens(), key), reverse=True)
     start = time.perf_counter()
 
@@ -146,7 +147,7 @@ def warmup(
         say(f"{export}: {size / 1e6:.1f} MB")
     if as_json:
         data = [
-            {**one.key._asdict(), "seconds": round(one.seconds, 3), "state": one.state, "attention": one.attention}
+            {**one.key.told(), "seconds": round(one.seconds, 3), "state": one.state, "attention": one.attention}
             for one in shapes
         ]
         click.echo(json.dumps({"shapes": data, "seconds": round(seconds, 3), "cache": str(compile_cache.root())}))

@@ -26,8 +26,8 @@ def _no_adapter(path: str, scale: float) -> Adapter:
 @dataclass(frozen=True)
 class RowDefaults:
     """What an input row gets where it says nothing, and the step cache, which a row has no say in. `guidance_scale` is
-    None where the model takes none. `adapter` looks a file up, by path and scale, that a row names; ModelError where
-    the model cannot take it."""
+    None where the model takes none. There is true CFG where there is a negative prompt and a scale above 1. `adapter`
+    looks a file up, by path and scale, that a row names; ModelError where the model cannot take it."""
 
     width: int
     height: int
@@ -37,6 +37,8 @@ class RowDefaults:
     step_cache: StepCache = OFF
     adapters: Adapters = ()
     adapter: Callable[[str, float], Adapter] = field(default=_no_adapter, compare=False)
+    negative_prompt: str | None = None
+    true_cfg_scale: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,16 @@ sizes it draws. Torch-free, and no more than data: `models/flux1/family.py` is t
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 TOKEN_SIDE = 16  # pixels along a side of one image token: 8 of the VAE, 2 of the packing
+
+
+class Layout(NamedTuple):
+    """A way in which files hold a part: its name, and a tensor by which it is known."""
+
+    name: str
+    mark: str
 
 
 @dataclass(frozen=True)
@@ -18,6 +26,8 @@ class Part:
         config: its config file.
         weights: whether it has weight files.
         ignored: a pattern of tensor names that its files may hold and nobody reads.
+        layouts: of single files that hold it, the first that fits.
+        prefixes: what may stand before its names there.
     """
 
     package: str
@@ -25,6 +35,8 @@ class Part:
     config: str = "config.json"
     weights: bool = True
     ignored: str | None = None
+    layouts: tuple[Layout, ...] = ()
+    prefixes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -32,7 +44,7 @@ class Family:
     """One architecture.
 
     Attributes:
-        pipeline: the diffusers class whose images it makes.
+        pipelines: the diffusers classes that model_index.json may name: the first is the one whose images it makes.
         transformer: the defaults of transformer/config.json, which a file may leave out.
         side: pixels along each side of an image where nobody says.
         sides: the least and the most that a side may have.
@@ -43,7 +55,7 @@ class Family:
     """
 
     name: str
-    pipeline: str
+    pipelines: tuple[str, ...]
     parts: Mapping[str, Part]
     transformer: Mapping[str, object]
     side: int

@@ -1,6 +1,6 @@
 """The frozen records that flow through fluxcli, below everything else: row -> batch -> images -> manifest row."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,20 +13,37 @@ if TYPE_CHECKING:
 class ShapeKey(NamedTuple):
     """What fixes every tensor shape of a denoising step: the key for planning, compiling, capturing and benchmarking.
 
-    `batch_size` is the size that runs, padding rows included. Sizes are in pixels; `text_length` in T5 tokens.
+    `batch_size` is the images that run, padding included. Sizes are in pixels; `text_length` in T5 tokens. `branches`
+    are rows of the denoiser for each image: 2 with true CFG, which has one for the negative prompt.
     """
 
     batch_size: int
     height: int
     width: int
     text_length: int
+    branches: int = 1
 
     def tokens(self) -> int:
         """Text and image tokens of the whole batch: how large the shape is."""
-        return self.batch_size * (self.height * self.width // TOKEN_SIDE**2 + self.text_length)
+        return self.rows * (self.height * self.width // TOKEN_SIDE**2 + self.text_length)
+
+    @property
+    def rows(self) -> int:
+        """Of the denoiser."""
+        return self.batch_size * self.branches
+
+    def told(self) -> dict[str, int]:
+        """As data: `branches` only where there are two."""
+        return {name: value for name, value in self._asdict().items() if name != "branches" or value > 1}
+
+    @classmethod
+    def of(cls, told: Mapping[str, Any]) -> "ShapeKey":
+        """From such data, or more."""
+        return cls(**{name: told[name] for name in cls._fields if name in told})
 
     def __str__(self) -> str:
-        return f"{self.batch_size} x {self.width}x{self.height}, text {self.text_length}"
+        guided = ", true CFG" if self.branches > 1 else ""
+        return f"{self.batch_size} x {self.width}x{self.height}, text {self.text_length}{guided}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +69,11 @@ class Group(NamedTuple):
     width: int
     text_length: int
     num_inference_steps: int
+    branches: int = 1
     adapters: Adapters = ()
+
+    def shape(self, batch_size: int) -> ShapeKey:
+        return ShapeKey(batch_size, self.height, self.width, self.text_length, self.branches)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +81,8 @@ class PromptRecord:
     """One image to make: an input row, checked, with every default filled in.
 
     `guidance_scale` is None where the model takes none. `line` counts from 1 in the input. `text_tokens` is the
-    prompt's full T5 length; `text_length` the bucket it is padded (or, if `truncated`, cut) to.
+    prompt's full T5 length, or the negative prompt's if that is longer; `text_length` the bucket both are padded (or,
+    if `truncated`, cut) to. `negative_prompt` is None, and `true_cfg_scale` 1, without true CFG.
     """
 
     id: str
@@ -74,7 +96,14 @@ class PromptRecord:
     meta: dict[str, Any] = field(default_factory=dict)
     text_tokens: int = 0
     text_length: int = 0
+    negative_prompt: str | None = None
+    true_cfg_scale: float = 1.0
     adapters: Adapters = ()
+
+    @property
+    def branches(self) -> int:
+        """Rows of the denoiser that it takes."""
+        return 1 if self.negative_prompt is None else 2
 
     @property
     def truncated(self) -> bool:
@@ -82,7 +111,8 @@ class PromptRecord:
 
     @property
     def group(self) -> Group:
-        return Group(self.height, self.width, self.text_length, self.num_inference_steps, self.adapters)
+        steps = self.num_inference_steps
+        return Group(self.height, self.width, self.text_length, steps, self.branches, self.adapters)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fluxcli.core.config import EngineConfig
 from fluxcli.core.records import Adapters, Batch, PromptRecord, ShapeKey, WarmUp
-from fluxcli.engine import denoise, memory, step_cache
+from fluxcli.engine import denoise, memory, step_cache, true_cfg
 from fluxcli.engine.attention.backends import Attend, Attention, check, sdpa
 from fluxcli.engine.denoise import Moment, Steps
 from fluxcli.engine.flight import Clock, InFlight
@@ -27,6 +27,7 @@ from fluxcli.engine.runtime.faults import device_faults
 from fluxcli.engine.runtime.graphs import Captured
 from fluxcli.engine.runtime.tuner import Tuner
 from fluxcli.engine.text import EmbeddingCache, TextEncoders
+from fluxcli.engine.true_cfg import Branches, OneBranch, TwoBranches
 from fluxcli.engine.vae import Decoder
 from fluxcli.engine.weights.fill import load_transformer
 from fluxcli.engine.weights.merging import Merged
@@ -39,11 +40,12 @@ _Watched = Callable[[Iterator[Moment]], Iterator[Moment]]
 
 @dataclass
 class _Prepared:
-    """A shape made ready: its steps, captured on CUDA, what a step cache keeps between them, and the attention in
-    them."""
+    """A shape made ready: its steps, captured on CUDA, what a step cache keeps between them, their branches, and the
+    attention in them."""
 
     steps: Steps
     added: step_cache.Added | None
+    branches: Branches
     attention: str
 
 
@@ -81,7 +83,7 @@ class Engine:
             self._attend: Attend = sdpa
             if self._cuda:
                 self._attend = Attention(config.attention, self._tuner, self._device, self._dtype)
-            self._schedule = denoise.Schedule(checkpoint.directory / "scheduler")
+            self._schedule = denoise.Schedule(checkpoint.scheduler)
             self._text = TextEncoders(checkpoint, self._device, self._dtype, self.memory.visiting_text)
             self._decoder = Decoder(checkpoint, self._device, self._dtype, config.compile)
         slots = {"transformer": self._flux.slots(), **self._text.slots()}
@@ -147,8 +149,8 @@ class Engine:
 
     @torch.inference_mode()
     def denoise(self, key: ShapeKey, img: Tensor, txt: Tensor, moments: Iterable[Moment]) -> Tensor:
-        """The loop that every batch of `key` goes through, for those who measure it. img [B, I, C] and txt [B, L, D] in
-        the model's dtype -> img after a step at every moment, good until the next call.
+        """The loop that every batch of `key` goes through, for those who measure it. img [B, I, C] and txt [rows, L, D]
+        in the model's dtype -> img after a step at every moment, good until the next call.
 
         Raises:
             OutOfMemory, DeviceError: as `submit`.
@@ -169,7 +171,7 @@ class Engine:
             assert added is not None
             norms = step_cache.Norms(added)
             self._use(batch.adapters)
-            txt, vec = self._encode(batch.key, [record.prompt for record in batch.records])
+            txt, vec = self._encode(batch.key, true_cfg.prompts(batch.key, batch.records))
             self._denoise(batch, batch.records, txt, vec, norms.watched)
             return norms.ratios()
 
@@ -179,10 +181,11 @@ class Engine:
         records = [*batch.records, *[batch.records[-1]] * (batch.key.batch_size - len(batch.records))]
         clock = Clock(self._cuda)
         with one_thread() if self._singly else nullcontext():
-            txt, vec = self._encode(batch.key, [record.prompt for record in records])
+            txt, vec = self._encode(batch.key, true_cfg.prompts(batch.key, records))
             clock.mark()
             if self._singly:
-                parts = zip([[record] for record in records], txt.split(1), vec.split(1), strict=True)
+                apart = (true_cfg.of_each(each, batch.key.branches) for each in (txt, vec))
+                parts = zip([[record] for record in records], *apart, strict=True)
                 img = torch.cat([self._denoise(batch, *part) for part in parts])
             else:
                 img = self._denoise(batch, records, txt, vec)
@@ -196,7 +199,7 @@ class Engine:
             self._embeddings = EmbeddingCache()
 
     def _encode(self, key: ShapeKey, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """(txt [B, L, D], vec [B, width]); prompts that were encoded lately are not encoded again."""
+        """(txt [B, L, D], vec [B, width]) of B prompts; those that were encoded lately are not encoded again."""
         known = {prompt: self._embeddings.get(prompt, key.text_length) for prompt in prompts}
         found = {prompt: embedding for prompt, embedding in known.items() if embedding is not None}
         missing = [prompt for prompt in known if prompt not in found]
@@ -210,13 +213,17 @@ class Engine:
     def _denoise(
         self, batch: Batch, records: Sequence[PromptRecord], txt: Tensor, vec: Tensor, watched: _Watched = iter
     ) -> Tensor:
+        """Latents [B, I, C] of B records; txt and vec are of the denoiser's rows."""
         prepared = self._prepare(self._at_once(batch.key))
         height, width = self._latent_size(batch.key)
         seeds = [record.seed for record in records]
         img = self._upload(denoise.stack_noise(seeds, self._channels, height, width, self._dtype))
         guidance = None
         if self._flux.config.guidance_embeds:
-            guidance = self._upload(torch.tensor([record.guidance_scale for record in records], dtype=torch.float32))
+            scales = [record.guidance_scale for record in records] * batch.key.branches
+            guidance = self._upload(torch.tensor(scales, dtype=torch.float32))
+        if isinstance(prepared.branches, TwoBranches):
+            prepared.branches.take(self._upload(torch.tensor([record.true_cfg_scale for record in records])))
         if prepared.added is not None:
             prepared.added.clear()
         moments = self._moments(batch.mask or "1" * batch.num_inference_steps, img.shape[1], guidance, vec)
@@ -245,30 +252,31 @@ class Engine:
             ids = denoise.position_ids(key.text_length, height, width, self._device)
             fixed = Step(rope(ids, config.axes_dims_rope, ROPE_THETA), self._attend)
             if isinstance(self._attend, Attention):
-                shape = (key.batch_size, len(ids), config.num_attention_heads, config.attention_head_dim)
+                shape = (key.rows, len(ids), config.num_attention_heads, config.attention_head_dim)
                 self._attend.require(*shape, self._device, self._dtype)
             added = None
             if self.config.step_cache:
-                added = self._kept.at(key.batch_size, len(ids) - key.text_length, config.inner_dim)
-            steps = step_cache.steps(self._flux, fixed, added)
-            self._prepared[key] = self._ready(key, steps, added)
+                added = self._kept.at(key.rows, len(ids) - key.text_length, config.inner_dim)
+            branches = TwoBranches(key.batch_size, self._device) if key.branches > 1 else OneBranch()
+            steps = step_cache.steps(self._flux, fixed, added, branches)
+            self._prepared[key] = self._ready(key, steps, added, branches)
         return self._prepared[key]
 
-    def _ready(self, key: ShapeKey, steps: Steps, added: step_cache.Added | None) -> _Prepared:
+    def _ready(self, key: ShapeKey, steps: Steps, added: step_cache.Added | None, branches: Branches) -> _Prepared:
         """Runs every stage at this shape once, so that all compiling is over, and captures the steps."""
         if self.config.compile:
             with self._tuning():
                 steps = self._rehearsed(key, steps)
         backend = self._attend.latest if isinstance(self._attend, Attention) else "sdpa"
-        return _Prepared(steps, added, backend)
+        return _Prepared(steps, added, branches, backend)
 
     def _rehearsed(self, key: ShapeKey, steps: Steps) -> Steps:
         height, width = self._latent_size(key)
         if self._cuda:
             self._text.capture(key.text_length, self._pool)
-        txt, vec = self._encode(key, ["a prompt"] * key.batch_size)
+        txt, vec = self._encode(key, ["a prompt"] * key.rows)
         img = self._upload(denoise.stack_noise(range(key.batch_size), self._channels, height, width, self._dtype))
-        guidance = torch.ones(key.batch_size, device=self._device) if self._flux.config.guidance_embeds else None
+        guidance = torch.ones(key.rows, device=self._device) if self._flux.config.guidance_embeds else None
         mod, dt, _ = next(self._moments("1", img.shape[1], guidance, vec))
         if self._cuda:
             evaluate = Captured(steps.evaluate, img, txt, mod, dt, pool=self._pool)

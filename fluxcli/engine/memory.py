@@ -4,8 +4,8 @@ said at once. On a CPU nothing is planned.
 Weights are counted. The rest is estimated from the tensors that are alive at once, a little generously: the runner
 halves a batch that does not fit after all.
 
-    denoise    the captured graph's buffers, kept for the whole job: `_TOKEN` values as wide as the model per token;
-               and the modulations of the steps that are made at once
+    denoise    the captured graph's buffers, kept for the whole job: `_TOKEN` values as wide as the model per token,
+               those of both branches with true CFG; and the modulations of the steps that are made at once
     step cache what the blocks added: two values as wide as the model per image token of the largest shape
     encode     T5's activations, kept by its graph: `_TEXT` values as wide as its MLP per token, and attention scores
     decode     the VAE's activations: `_PIXEL` bytes for each pixel decoded at once
@@ -148,8 +148,7 @@ class LargestBatch:
         for visiting in (False, True):
             size = MOST_IMAGES
             while size:
-                shape = ShapeKey(size, group.height, group.width, group.text_length)
-                if self._needs.weights(visiting) + self._needs.shapes([shape]) <= self._free:
+                if self._needs.weights(visiting) + self._needs.shapes([group.shape(size)]) <= self._free:
                     return size
                 size //= 2
         return 1  # the engine will refuse it and say why

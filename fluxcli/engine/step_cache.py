@@ -14,6 +14,7 @@ from torch import Tensor
 from fluxcli.engine.denoise import Moment, Steps, euler_step
 from fluxcli.engine.layers.residual import Residual
 from fluxcli.engine.nets.flux1 import Flux, Step
+from fluxcli.engine.true_cfg import Branches
 
 DAMPING = 0.5  # of the extrapolation: whole, it overshoots where reused steps are many
 BUFFERS = 2
@@ -21,7 +22,7 @@ BUFFERS = 2
 
 class Added:
     """What the blocks added to the image stream when they last ran, and how that differed from the time before: two
-    [B, I, D] at fixed addresses, which captured steps write and read.
+    [B, I, D] at fixed addresses, which captured steps write and read. B are rows of the denoiser.
 
     Args:
         memory: [BUFFERS, B, I, D] in the model's dtype. Shapes share it: a batch begins with `clear`.
@@ -77,22 +78,23 @@ class Norms:
         return [1.0, *((now / before.clamp_min(1e-8)).mean().item() for before, now in pairs)]
 
 
-def steps(flux: Flux, step: Step, added: Added | None) -> Steps:
-    """The steps of a shape; without a cache all are evaluated. What is kept changes no bit of an evaluated one."""
+def steps(flux: Flux, step: Step, added: Added | None, branches: Branches) -> Steps:
+    """The steps of a shape; without a cache all are evaluated. What is kept changes no bit of an evaluated one. txt and
+    mod are of the rows of the denoiser, as `branches` has them, img of the images."""
 
     def evaluate(img: Tensor, txt: Tensor, mod: Tensor, dt: Tensor) -> Tensor:
-        embedded = flux.embed(img)
+        embedded = flux.embed(branches.rows(img))
         stream = flux.body(embedded, txt, mod, step)
         if added is not None:
             added.keep(stream.value() - embedded)
-        return euler_step(img, flux.head(stream, mod), dt)
+        return euler_step(img, branches.velocity(flux.head(stream, mod)), dt)
 
     if added is None:
         return Steps(evaluate)
 
     def reuse(img: Tensor, mod: Tensor, dt: Tensor, ahead: Tensor) -> Tensor:
-        stream = Residual(flux.embed(img) + added.predicted(ahead))
-        return euler_step(img, flux.head(stream, mod), dt)
+        stream = Residual(flux.embed(branches.rows(img)) + added.predicted(ahead))
+        return euler_step(img, branches.velocity(flux.head(stream, mod)), dt)
 
     return Steps(evaluate, reuse)
 

@@ -75,6 +75,8 @@ class Job:
             "height": self.defaults.height,
             "steps": self.defaults.num_inference_steps,
             "guidance": self.defaults.guidance_scale,
+            **({"true_cfg_scale": self.defaults.true_cfg_scale} if self.defaults.true_cfg_scale > 1 else {}),
+            **({"negative_prompt": negative} if (negative := self.defaults.negative_prompt) is not None else {}),
             "seed": self.defaults.seed,
             "format": self.image.name,
             "quality": None if self.image.lossless else self.image.quality,

@@ -57,8 +57,8 @@ def bucket(text_tokens: int, text_lengths: Sequence[int]) -> int:
 
 def work(group: Group, step_cache: StepCache) -> float:
     """What an image of a group costs, in tokens through the blocks' matmuls."""
-    tokens = ShapeKey(1, group.height, group.width, group.text_length).tokens()
-    return tokens * (1 + tokens / ATTENTION) * step_cache.cost(group.num_inference_steps)
+    tokens = group._replace(branches=1).shape(1).tokens()
+    return group.branches * tokens * (1 + tokens / ATTENTION) * step_cache.cost(group.num_inference_steps)
 
 
 def size_of(batch_size: BatchSize, group: Group) -> int:
@@ -101,7 +101,7 @@ def plan(
         size = size_of(batch_size, group)
         for start in range(0, len(rows), size):
             part = rows[start : start + size]
-            key = ShapeKey(_size(len(part), sizes), group.height, group.width, group.text_length)
+            key = group.shape(_size(len(part), sizes))
             batches.append(PlannedBatch(key, group.num_inference_steps, part, group.adapters))
     return Plan(tuple(batches), None if sizes is None else tuple(sizes))
 
@@ -111,5 +111,4 @@ def _size(rows: int, sizes: Sequence[int] | None) -> int:
 
 
 def _work(group: Group) -> tuple[int, ...]:
-    shape = ShapeKey(1, group.height, group.width, group.text_length)
-    return (shape.tokens(), group.num_inference_steps, group.height, group.width, group.text_length)
+    return (group.shape(1).tokens(), group.num_inference_steps, *group[:-1])  # adapters have no order

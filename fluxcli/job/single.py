@@ -89,7 +89,7 @@ def _save(
 
 
 def _key(part: Sequence[PromptRecord]) -> ShapeKey:
-    return ShapeKey(len(part), part[0].height, part[0].width, part[0].text_length)
+    return part[0].group.shape(len(part))
 
 
 def check_output(output: Path, count: int) -> str | None:

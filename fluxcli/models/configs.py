@@ -3,6 +3,7 @@ can build, before anything is built from them."""
 
 import math
 import re
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -50,13 +51,15 @@ def read_config(directory: Path, config: str = "config.json") -> dict[str, Any]:
         raise ModelError(f"{path}: the weights are quantised ({method}); fluxcli needs the original ones")
     if "vocab_size" not in given and isinstance(given.get("text_config"), dict):
         given = given["text_config"]  # of a whole CLIP model: its text half
-    for key, value in given.items():
-        _check_number(path, key, value)
+    check_numbers(path, given)
     return {key: value for key, value in given.items() if not key.startswith("_")}
 
 
-def transformer_config(directory: Path, family: Family) -> dict[str, Any]:
+def transformer_config(directory: Path, family: Family, sizes: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """transformer/config.json with the family's defaults for what it leaves out.
+
+    Args:
+        sizes: what the file of its weights says in place of that.
 
     Raises:
         ModelError: naming a key that the family does not know or a value of the wrong kind.
@@ -73,7 +76,24 @@ def transformer_config(directory: Path, family: Family) -> dict[str, Any]:
         if not _alike(value, default):
             kind = "a list of whole numbers" if isinstance(default, tuple) else f"like {default}"
             raise ModelError(f"{path}: {key} must be {kind}, got {shown(value)}")
+    given |= sizes or {}
+    _check_transformer(given, path)
     return given
+
+
+def _check_transformer(config: Mapping[str, Any], source: Path) -> None:
+    """Raises ModelError, naming `source`, for a transformer that is no FLUX.1 from text to image."""
+    axes, head = config["axes_dims_rope"], config["attention_head_dim"]
+    if sum(axes) != head:
+        raise ModelError(f"{source}: axes_dims_rope {list(axes)} must add up to attention_head_dim {head}")
+    channels, out = config["in_channels"], config["out_channels"]
+    if config["patch_size"] != 1:
+        raise ModelError(f"{source}: patch_size must be 1, got {config['patch_size']}")
+    if out not in (None, channels):
+        raise ModelError(
+            f"{source}: takes {channels} channels and makes {out}: FLUX.1 Fill, a control model or their like, which "
+            "draw from an image"
+        )
 
 
 def scheduler_config(directory: Path) -> dict[str, Any]:
@@ -136,6 +156,12 @@ def _alike(value: Any, default: object) -> bool:
     if default is None:
         return value is None or type(value) is int
     return type(value) is int and value >= 0
+
+
+def check_numbers(path: Path, config: Mapping[str, Any]) -> None:
+    """Raises ModelError, naming `path`, for a number that nothing can be built of."""
+    for key, value in config.items():
+        _check_number(path, key, value)
 
 
 def _check_number(path: Path, key: str, value: Any) -> None:

@@ -3,7 +3,7 @@ weight files, before the first is loaded. In steps, so that of a repository no m
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,31 +12,34 @@ from fluxcli.core.errors import ModelError
 from fluxcli.core.family import Family
 from fluxcli.models.configs import read_config, scheduler_config, transformer_config
 from fluxcli.models.files import MissingError, open_regular, read_json, shown
-from fluxcli.models.headers import read_header
-from fluxcli.models.weight_files import weight_files
+from fluxcli.models.single_files import weights_in
+from fluxcli.models.weight_files import Weights
 
 INDEX = "model_index.json"
 # Each is a whole vocabulary. Where none is there, transformers makes an empty one up and says nothing.
 SPIECE = ("spiece.model",)
 VOCABULARIES = (("tokenizer.json",), SPIECE, ("vocab.json", "merges.txt"))
-# What bitsandbytes, torchao, quanto and their like store beside or in place of a weight.
-_QUANTISED = re.compile(
-    r"\.((nested_)?(absmax|quant_map)|quant_state\.\w+|SCB|weight_format|_data|_scale|qweight|qzeros|wscales)$"
-)
+# What stores such tensors beside a weight, or in its place.
+_QUANTISED = {
+    "bitsandbytes": re.compile(r"\.((nested_)?(absmax|quant_map)|quant_state\.\w+|SCB|weight_format)$"),
+    "optimum-quanto": re.compile(r"\.(_data|_scale)$"),
+    "nunchaku, or GPTQ": re.compile(r"\.(qweight|qzeros|wscales)$"),
+    "torchao": re.compile(r":_?(weight_)?(qdata|scale|int_data)$|\.(weight_)?qdata$"),
+}
 
 
-def check(directory: Path, family: Family, *, random: bool = False) -> None:
+def check(directory: Path, family: Family, files: Mapping[str, Path], *, random: bool = False) -> None:
     """Raises ModelError for the first thing that keeps fluxcli from running the pipeline in `directory`.
 
     Args:
+        files: single files, by the parts whose weights they hold instead.
         random: its weights are to be made up, and its tokenizers are another's.
     """
     check_index(directory, family)
     check_configs(directory, family, random=random)
     for name, part in family.parts.items():
         if part.weights and not random:
-            for path, placed in weight_files(directory / name, part.package):
-                _check_weights(path, placed)
+            check_weights(weights_in(directory, name, part, files))
 
 
 def what_instead(names: Iterable[str]) -> str:
@@ -49,7 +52,9 @@ def what_instead(names: Iterable[str]) -> str:
         return f"{wanted}; it looks like a LoRA"
     for suffix, kind in ((".gguf", "quantised weights (GGUF)"), (".safetensors", "single-file weights")):
         if found := [file for file in files if file.endswith(suffix)]:
-            return f"{wanted}; it holds {kind}: {shown(found[0])}"
+            return (
+                f"{wanted}; it holds {kind}: {shown(found[0])}, to be given as a file of its own (-m or --transformer)"
+            )
     return wanted
 
 
@@ -60,8 +65,8 @@ def check_index(directory: Path, family: Family) -> None:
     pipeline = index.get("_class_name")
     if isinstance(pipeline, list):  # [file, class] of a pipeline that brings its own code
         pipeline = pipeline[-1] if pipeline else None
-    if pipeline != family.pipeline:
-        raise ModelError(f"{path}: fluxcli runs {family.pipeline}, this is {shown(pipeline)}")
+    if pipeline not in family.pipelines:
+        raise ModelError(f"{path}: fluxcli runs {family.pipelines[0]}, this is {shown(pipeline)}")
     for name in family.parts:
         class_of(path, index, name, family)
 
@@ -74,7 +79,10 @@ def class_of(path: Path, index: dict[str, Any], name: str, family: Family) -> st
     """
     part, given = family.parts[name], index.get(name)
     if given in (None, [None, None]):
-        raise ModelError(f"{path}: has no {name}, and fluxcli runs whole pipelines; take it from another {family.name}")
+        raise ModelError(
+            f"{path}: has no {name}, and fluxcli runs whole pipelines; give its transformer over another {family.name} "
+            "(-m OTHER --transformer FILE)"
+        )
     package, cls = given if isinstance(given, list) and len(given) == 2 else (None, given)
     made = part.classes.get(cls) if isinstance(cls, str) and package == part.package else None
     if made is None:
@@ -110,7 +118,7 @@ def check_vocabulary(directory: Path) -> tuple[str, ...]:
             for file in files:
                 open_regular(directory / file).close()
             if files == SPIECE and not _reads_spiece():
-                raise ModelError(f"{directory}: has spiece.model alone; to read it: pip install sentencepiece protobuf")
+                raise ModelError(f"{directory}: has spiece.model alone; to read it: pip install 'fluxcli[spiece]'")
             return files
     wanted = ", or ".join(" and ".join(files) for files in VOCABULARIES)
     raise MissingError(f"{directory}: holds no vocabulary: {wanted}")
@@ -124,13 +132,15 @@ def _reads_spiece() -> bool:
         return False
 
 
-def _check_weights(path: Path, placed: frozenset[str] | None) -> None:
-    header = read_header(path)
-    for entry in header.entries:
-        if _QUANTISED.search(entry.name):
-            raise ModelError(
-                f"{path}: holds {shown(entry.name)}: the weights are quantised; fluxcli needs the original ones"
-            )
-    if placed is not None and (absent := sorted(placed - {entry.name for entry in header.entries})):
-        more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
-        raise ModelError(f"{path}: missing (the index places it there): {shown(absent[0])}{more}")
+def check_weights(weights: Weights) -> None:
+    """Raises ModelError where heads tell that a part cannot be read: it is quantised, or lacks what its index names."""
+    for (path, header), (_, placed) in zip(weights.heads(), weights.files, strict=True):
+        for entry in header.entries:
+            if kind := next((kind for kind, pattern in _QUANTISED.items() if pattern.search(entry.name)), None):
+                raise ModelError(
+                    f"{path}: holds {shown(entry.name)}: the weights are quantised ({kind}); fluxcli needs the "
+                    "original ones"
+                )
+        if placed is not None and (absent := sorted(placed - {entry.name for entry in header.entries})):
+            more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+            raise ModelError(f"{path}: missing (the index places it there): {shown(absent[0])}{more}")

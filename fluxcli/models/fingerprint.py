@@ -1,7 +1,7 @@
 """A short digest of what a model's images come from, cheap enough for every start: nothing large is read whole."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -9,7 +9,8 @@ from fluxcli.core.errors import ModelError
 from fluxcli.core.family import Family, Part
 from fluxcli.models.directory import VOCABULARIES
 from fluxcli.models.files import MOST_JSON, MOST_VOCABULARY, open_regular, read_bytes
-from fluxcli.models.headers import read_header
+from fluxcli.models.headers import Header
+from fluxcli.models.single_files import weights_in
 from fluxcli.models.weight_files import weight_files
 
 VERSION = "2:"  # begins a fingerprint of the kind made here; the first kind had no such mark
@@ -19,44 +20,48 @@ _LEGACY_SAMPLE = 2**16
 _CHUNK = 2**20
 
 
-def fingerprint(directory: Path, family: Family, random: bool) -> str:
+def fingerprint(directory: Path, family: Family, files: Mapping[str, Path], random: bool) -> str:
     """Changes when the images may: with every config and tokenizer file that is read, and of each weight file that is
     read with its size, its header (names, shapes, dtypes) and bytes from the beginning, the middle and the end of every
-    tensor. So a LoRA merged in place into a few layers is seen, and a file that nobody reads is not.
+    tensor. So a LoRA merged in place into a few layers is seen, and a file that nobody reads is not; nor is the name of
+    a single file of `files`.
 
     Raises:
         ModelError: a file is not there or not what it should be.
     """
     digest = hashlib.sha256(b"random" if random else b"")
     try:
-        _take_all(digest, directory, family, random)
+        _take_all(digest, directory, family, files, random)
     except OSError as error:
         raise ModelError(f"{error.filename or directory}: cannot be read: {error.strerror}") from error
     return VERSION + digest.hexdigest()[:32]
 
 
-def _take_all(digest: "hashlib._Hash", directory: Path, family: Family, random: bool) -> None:
+def _take_all(
+    digest: "hashlib._Hash", directory: Path, family: Family, files: Mapping[str, Path], random: bool
+) -> None:
     for name, part in family.parts.items():
-        for path in _configs(directory / name, part):
+        for path in _configs(directory / name, part, random):
             data = read_bytes(path, MOST_VOCABULARY if path.name in sum(VOCABULARIES, ()) else MOST_JSON)
             digest.update(f"\0{name}/{path.name}\0{len(data)}\0".encode() + data)
         if part.weights and not random:
-            for path, _ in weight_files(directory / name, part.package):
-                digest.update(f"\0{name}/{path.name}\0".encode())
-                for sample in _samples(path):
+            for path, header in weights_in(directory, name, part, files).heads():
+                digest.update(f"\0{name}/{'' if name in files else path.name}\0".encode())
+                for sample in _samples(path, header):
                     digest.update(sample)
 
 
-def _configs(directory: Path, part: Part) -> Iterator[Path]:
+def _configs(directory: Path, part: Part, random: bool) -> Iterator[Path]:
     if part.config not in TOKENIZER_CONFIGS:
         yield directory / part.config
+        return
+    if random:  # borrowed from another model
         return
     vocabularies = sorted({file for files in VOCABULARIES for file in files})
     yield from (path for path in (directory / file for file in (*TOKENIZER_CONFIGS, *vocabularies)) if path.exists())
 
 
-def _samples(path: Path) -> Iterator[bytes]:
-    header = read_header(path)
+def _samples(path: Path, header: Header) -> Iterator[bytes]:
     yield f"{header.size}\0".encode()
     yield header.raw
     with open_regular(path) as file:
@@ -75,7 +80,8 @@ def legacy_fingerprint(directory: Path, family: Family, random: bool) -> str:
     """The first kind, which job directories of the time hold: every file of the parts' folders, whole unless it is a
     weight file, and of that the header and 64 KiB of both ends."""
     digest = hashlib.sha256(b"random" if random else b"")
-    for path in sorted(path for part in family.parts for path in (directory / part).glob("*") if path.is_file()):
+    parts = [name for name, part in family.parts.items() if not (random and part.config in TOKENIZER_CONFIGS)]
+    for path in sorted(path for part in parts for path in (directory / part).glob("*") if path.is_file()):
         size = path.stat().st_size
         digest.update(f"\0{path.relative_to(directory).as_posix()}\0{size}\0".encode())
         with open_regular(path) as file:

@@ -1,20 +1,23 @@
-"""The head of a safetensors file: names, dtypes, shapes and places of its tensors, without any of their values."""
+"""The head of a weight file: names, dtypes, shapes and places of its tensors, without any of their values. Of
+safetensors here; of GGUF by `gguf`."""
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fluxcli.core.errors import ModelError
+from fluxcli.models import gguf
 from fluxcli.models.files import open_regular, parse_json, shown
 
+GGUF = ".gguf"
 _MOST = 2**24  # bytes: FLUX.1's largest has 0.2 MB
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One tensor. `dtype` as safetensors names it; its bytes are `start` to `end` of the file."""
+    """One tensor. `dtype` as its kind of file names it; its bytes are `start` to `end` of the file."""
 
     name: str
     dtype: str
@@ -35,6 +38,14 @@ class Header:
     size: int
     entries: tuple[Entry, ...]
 
+    def within(self, prefix: str) -> "Header":
+        """With the tensors alone whose names begin so, and without that."""
+        if not prefix:
+            return self
+        own = (each for each in self.entries if each.name.startswith(prefix))
+        entries = tuple(replace(each, name=each.name.removeprefix(prefix)) for each in own)
+        return replace(self, entries=entries)
+
 
 def read_header(path: Path) -> Header:
     """Reads and checks the head of `path`; no byte of a tensor.
@@ -44,6 +55,9 @@ def read_header(path: Path) -> Header:
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
+        if path.suffix.lower() == GGUF:
+            raw, tensors = gguf.read(path, file, size)
+            return _whole(path, Header(raw, size, tuple(Entry(*each) for each in tensors)), len(raw))
         head = file.read(8)
         length = int.from_bytes(head, "little")
         if len(head) < 8:
@@ -53,16 +67,21 @@ def read_header(path: Path) -> Header:
         if length > size - 8:
             raise ModelError(f"{path}: cannot be read: it ends within its header; download it again")
         raw = file.read(length)
-    data = size - 8 - length
     entries = tuple(
         _entry(path, name, about, 8 + length) for name, about in parse_json(raw, path).items() if name != "__metadata__"
     )
-    end = max((entry.end for entry in entries), default=8 + length)
-    if end > size:
+    return _whole(path, Header(raw, size, entries), 8 + length)
+
+
+def _whole(path: Path, header: Header, begin: int) -> Header:
+    """`header`, whose tensors begin at `begin`: all within the file."""
+    end = max((entry.end for entry in header.entries), default=begin)
+    if end > header.size:
         raise ModelError(
-            f"{path}: cannot be read: it has {data:,} of {end - 8 - length:,} bytes of weights; the download broke off"
+            f"{path}: cannot be read: it has {header.size - begin:,} of {end - begin:,} bytes of weights; the download "
+            "broke off"
         )
-    return Header(raw, size, entries)
+    return header
 
 
 def _instead(head: bytes) -> str:
@@ -72,7 +91,7 @@ def _instead(head: bytes) -> str:
     if head[:2] == b"PK" or head[:1] == b"\x80":
         return "it is a pickle under another name; convert it to safetensors"
     if head[:4] == b"GGUF":
-        return "it is a GGUF file under another name: quantised weights, and fluxcli needs the original ones"
+        return "it is a GGUF file under another name; call it .gguf"
     return f"a header of {int.from_bytes(head, 'little'):,} bytes is not that of a safetensors file"
 
 

@@ -2,7 +2,7 @@
 that say whether it is a model that fluxcli runs, and the weights last."""
 
 import glob
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from http import HTTPStatus
 from pathlib import Path
@@ -17,10 +17,16 @@ from fluxcli.models.weight_files import choose
 
 Names = list[str]  # paths within a repository
 _SECONDS = 10  # for the hub's first answer
+_UNREACHABLE = (
+    "not in the local cache, and the hub cannot be reached; check the network, HF_HUB_OFFLINE and HF_HOME (there is no "
+    "directory of that name either)"
+)
+_BROKEN_OFF = "the download broke off; what came is kept: run the same command again to go on"
 
 
-def fetch(name: str, revision: str | None, family: Family) -> Path:
-    """The snapshot of `name` at `revision` (None: the default branch); its folder is named by its commit.
+def fetch(name: str, revision: str | None, family: Family, files: Mapping[str, Path]) -> Path:
+    """The snapshot of `name` at `revision` (None: the default branch); its folder is named by its commit. Without the
+    weights of the parts that have `files` of their own.
 
     What is in the cache is not fetched again. Without network the cache's latest is taken, as it is.
 
@@ -33,13 +39,13 @@ def fetch(name: str, revision: str | None, family: Family) -> Path:
         directory = _snapshot(name, revision)
         if directory is None:
             raise unreachable from None
-        _check_cached(name, directory, family)
+        _check_cached(name, directory, family, files)
         return directory
     if INDEX not in names:
         raise ModelError(f"--model {name}: {what_instead(names)}")
     directory = _index(name, revision)
     if directory.name != commit:  # the branch moved meanwhile
-        return fetch(name, directory.name, family)
+        return fetch(name, directory.name, family, files)
     check_index(directory, family)
     folders: dict[str, Names] = {folder: [] for folder in family.parts}
     for each in names:
@@ -50,7 +56,7 @@ def fetch(name: str, revision: str | None, family: Family) -> Path:
     check_configs(directory, family)
     weights: Names = []
     for folder, part in family.parts.items():
-        if part.weights:
+        if part.weights and folder not in files:
 
             def read_index(file: str, folder: str = folder) -> dict[str, Any]:
                 _download(name, directory, [f"{folder}/{file}"])
@@ -96,7 +102,7 @@ def _download(name: str, directory: Path, files: Names) -> None:
 
     missing = [file for file in files if not (directory / file).exists()]
     if missing:
-        with _faults(name, directory.name):
+        with _faults(name, directory.name, _BROKEN_OFF):
             snapshot_download(name, revision=directory.name, allow_patterns=[glob.escape(file) for file in missing])
 
 
@@ -111,11 +117,11 @@ def _snapshot(name: str, revision: str | None) -> Path | None:
         return None
 
 
-def _check_cached(name: str, directory: Path, family: Family) -> None:
+def _check_cached(name: str, directory: Path, family: Family, files: Mapping[str, Path]) -> None:
     try:
         if not (directory / INDEX).exists():
             raise MissingError(what_instead(path.name for path in directory.rglob("*")))
-        check(directory, family)
+        check(directory, family, files)
     except MissingError as error:
         raise ModelError(
             f"--model {name}: {error}. The copy in the local cache is incomplete: run once with network"
@@ -123,8 +129,8 @@ def _check_cached(name: str, directory: Path, family: Family) -> None:
 
 
 @contextmanager
-def _faults(name: str, revision: str | None) -> Iterator[None]:
-    """Says what the hub's refusals mean."""
+def _faults(name: str, revision: str | None, unreachable: str = _UNREACHABLE) -> Iterator[None]:
+    """Says what the hub's refusals mean; `unreachable`, where it answers no more."""
     from huggingface_hub.errors import (  # type: ignore[attr-defined]
         GatedRepoError,
         HfHubHTTPError,
@@ -157,7 +163,4 @@ def _faults(name: str, revision: str | None) -> Iterator[None]:
     except (HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # the disk's, not the network's
             raise ModelError(f"--model {name}: the hub's cache: {shown(first_line(error))}") from error
-        raise ModelError(
-            f"--model {name}: not in the local cache, and the hub cannot be reached; "
-            "check the network, HF_HUB_OFFLINE and HF_HOME (there is no directory of that name either)"
-        ) from error
+        raise ModelError(f"--model {name}: {unreachable}") from error

@@ -3,13 +3,15 @@ and conversions leave beside one another. Torch-free; for a directory and for a 
 
 import os
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fluxcli.core.errors import ModelError
+from fluxcli.core.family import Part
 from fluxcli.models.files import MissingError, read_json, shown
+from fluxcli.models.headers import Header, read_header
 
 _STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
@@ -23,6 +25,37 @@ class WeightFile:
 
     name: str
     tensors: frozenset[str] | None = None
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where the tensors of a part are.
+
+    Attributes:
+        where: the folder or the file, for messages.
+        files: each with the tensors that an index places there; None where there is no index to say.
+        prefix: what stands before the part's names; tensors without it are other parts'.
+        layout: whose names those are.
+    """
+
+    where: Path
+    files: Sequence[tuple[Path, frozenset[str] | None]]
+    prefix: str = ""
+    layout: str = ""
+
+    def heads(self) -> Iterator[tuple[Path, Header]]:
+        """Each file with its head, of which the part's own tensors are left, without the prefix."""
+        for path, _ in self.files:
+            yield path, read_header(path).within(self.prefix)
+
+
+def weights_of(directory: Path, part: Part) -> Weights:
+    """The weights in a part's folder, as `save_pretrained` lays them out.
+
+    Raises:
+        ModelError: there are none that fluxcli reads; the message says what is there instead.
+    """
+    return Weights(directory, weight_files(directory, part.package), layout=part.package)
 
 
 def weight_files(directory: Path, package: str) -> list[tuple[Path, frozenset[str] | None]]:
@@ -116,7 +149,9 @@ def _none(where: str, stem: str, names: Collection[str]) -> ModelError:
             "Convert it to safetensors (diffusers' save_pretrained writes it)"
         )
     if quantised := sorted(name for name in names if name.endswith(".gguf")):
-        return ModelError(f"{where}: {wanted}; {_some(quantised)} is quantised: fluxcli needs the original weights")
+        return ModelError(
+            f"{where}: {wanted}; {_some(quantised)} is read where it is given by name (--transformer FILE)"
+        )
     others = sorted(name for name in names if name.endswith(".safetensors") and not name.startswith("."))
     return MissingError(f"{where}: {wanted}" + (f"; there is {_some(others)}" if others else ""))
 

@@ -9,6 +9,7 @@ import torch
 
 from fluxcli.bench import bench, peers
 from fluxcli.core.errors import OutOfMemory
+from fluxcli.core.records import ShapeKey
 from fluxcli.engine.engine import Engine
 
 SMALL = ("-m", "tiny", "--size", "64x64", "--text-lengths", 32, "--steps", 2)
@@ -109,7 +110,7 @@ def test_the_default_is_a_batch_of_one_and_the_default_batch_at_the_reference_le
     seen = []
     monkeypatch.setattr(bench.Bench, "run", lambda self, *rest: seen.append(self) or (0, RESULT))
     assert inside("bench", "-m", "tiny", "--json").json == RESULT
-    assert [tuple(key) for key in seen[0].keys] == [(1, 128, 128, 512), (8, 128, 128, 512)]
+    assert seen[0].keys == [ShapeKey(1, 128, 128, 512), ShapeKey(8, 128, 128, 512)]
     assert (seen[0].steps, seen[0].vs, seen[0].cold_start) == (10, None, False)
 
 

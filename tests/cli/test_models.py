@@ -6,12 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from fluxcli.models.checkpoints import resolve
 from tests.cli.conftest import SMALL
 from tests.conftest import Result, read_rows, write_rows
 from tests.models.conftest import WEIGHTS, edit, rewrite
 from tests.pipelines import DEV
+from tests.single_files import all_in_one
 
 Command = Callable[..., Result]
 
@@ -91,3 +93,45 @@ def test_every_part_is_looked_at_before_any_is_loaded(batch: Command, tmp_path: 
     assert result.returncode == 1
     assert "git-lfs pointer" in result.stderr and "loading" not in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_single_files_draw_what_the_directory_draws(batch: Command, tmp_path: Path) -> None:
+    """In this process and in a worker's; and a job knows its files by what is in them."""
+    model = tmp_path / "model"
+    whole = all_in_one(model, tmp_path / "flux1-dev.safetensors")
+    options = [
+        word for part in ("transformer", "vae", "text-encoder", "text-encoder-2") for word in (f"--{part}", whole)
+    ]
+    assert batch().returncode == 0
+    for words in (("-o", "files"), ("-o", "worker", "--workers", 1)):
+        done = batch(*options, *words)
+        assert done.returncode == 0, done.stderr
+    images = [
+        [read_image(tmp_path / out / "images" / f"{id}.png") for id in "ab"] for out in ("out", "files", "worker")
+    ]
+    assert images[0] == images[1] == images[2] and images[0][0] != images[0][1]
+    with Image.open(tmp_path / "files" / "images" / "a.png") as image:
+        assert image.info["parameters"].endswith("Model: flux1-dev.safetensors")
+    whole.rename(whole.with_name("renamed.safetensors"))
+    renamed = [whole.with_name("renamed.safetensors") if word == whole else word for word in options]
+    assert "2 images were done before" in batch(*renamed, "-o", "files").stderr
+    rewrite(renamed[1], lambda given: {**given, "vae.decoder.conv_in.bias": given["vae.decoder.conv_in.bias"] + 1})
+    refused = batch(*renamed, "-o", "files")
+    assert refused.returncode == 1 and "holds a job with other settings: --model was model" in refused.stderr
+
+
+def read_image(path: Path) -> bytes:
+    with Image.open(path) as image:
+        return image.tobytes()
+
+
+def test_gen_takes_single_files(inside: Command, pipeline: Callable[..., Path], tmp_path: Path) -> None:
+    model = pipeline(DEV)
+    whole = all_in_one(model, tmp_path / "flux1-dev.safetensors")
+    done = inside("gen", "x", "-m", model, "--transformer", whole, "--vae", whole, *SMALL[2:], "-o", "x.png")
+    assert done.returncode == 0, done.stderr
+    lacking = inside("gen", "x", "-m", model, "--vae", "gone.safetensors", *SMALL[2:])
+    assert (lacking.returncode, lacking.stderr) == (1, "Error: --vae gone.safetensors: no such file\n")
+    alone = inside("gen", "x", "-m", whole, *SMALL[2:])
+    assert alone.returncode == 1  # FLUX.1's own sizes are brought, and this is a small one
+    assert "misshapen" in alone.stderr and len(alone.stderr.splitlines()) == 2

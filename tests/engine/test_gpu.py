@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from fluxcli.engine.denoise import stack_noise
 from fluxcli.engine.engine import Engine
 from fluxcli.engine.runtime.device import resolve as resolve_device
 from fluxcli.models.checkpoints import resolve
+from tests.engine import test_true_cfg as true_cfg
 from tests.engine.test_parity import records, run, worst
 from tests.pipelines import DEEP, DEV, SCHNELL, Shape
 
@@ -107,6 +109,26 @@ def test_every_installed_attention_gives_the_same_picture(backend: str, pipeline
     rows = records(DEEP, 2, 128, 128, 64, steps=3)
     difference = np.abs(run(made, rows).astype(int) - run(engine(directory, attention="sdpa"), rows).astype(int))
     assert difference.mean() < 2
+
+
+def test_true_cfg_is_captured_with_its_scales_as_inputs(pipeline) -> None:
+    """One graph for a shape, whatever the scales; and diffusers' images."""
+    directory, rows = pipeline(DEV), true_cfg.records(DEV, 2)
+    made = engine(directory, "float32")
+    made.warm_up([rows[0].group.shape(2)])
+    ours = true_cfg.drawn(made, rows)
+    assert worst(ours, true_cfg.reference(directory, rows)) <= 2
+    other = true_cfg.drawn(made, [replace(row, true_cfg_scale=1.0 + row.true_cfg_scale) for row in rows])
+    assert np.abs(other.astype(int) - ours).mean() > 1
+    assert (true_cfg.drawn(made, rows) == ours).all()
+    assert made.replays == 9
+
+
+def test_true_cfg_with_a_step_cache_is_what_the_cpu_makes(pipeline) -> None:
+    directory, rows, mask = pipeline(DEV), true_cfg.records(DEV, 2, steps=6), "110101"
+    made = Engine(resolve(str(directory)), replace(resolve_device("cuda", "float32", None, "auto"), step_cache=True))
+    expected = true_cfg.drawn(true_cfg.engine_of(directory, step_cache=True), rows, mask=mask)
+    assert worst(true_cfg.drawn(made, rows, mask=mask), expected) <= 2
 
 
 def test_an_attention_that_cannot_run_is_refused(pipeline) -> None:

@@ -1,6 +1,7 @@
 """The image of a row is the one FluxPipeline makes: within one grey level in float32 on a CPU."""
 
 import itertools
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from fluxcli.engine.engine import Engine
 from fluxcli.engine.runtime.device import resolve as resolve_device
 from fluxcli.models.checkpoints import resolve
 from tests import pipelines
+from tests.models.conftest import edit
 from tests.pipelines import DEEP, DEV, SCHNELL, TINY, Shape
 
 PROMPTS = ["a red circle", 'Ünïcödé 星 🐱, "quoted"', "a dog " * 30, "x"]
@@ -92,6 +94,22 @@ def test_real_tokenizers_and_schedules_equal_diffusers(pipeline) -> None:
         directory = pipeline(shape, real=True)
         rows = records(shape, 2, 96, 64, 64, steps=5)
         assert worst(run(cpu_engine(directory), rows), reference(directory, rows)) <= 1
+
+
+def test_kontext_draws_from_text_what_its_own_pipeline_draws(pipeline, tmp_path: Path) -> None:
+    from diffusers import FluxKontextPipeline
+
+    directory = Path(shutil.copytree(pipeline(DEV), tmp_path / "kontext"))
+    edit(directory / "model_index.json", _class_name="FluxKontextPipeline")
+    pipe = FluxKontextPipeline.from_pretrained(directory, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    (row,) = records(DEV, 1, 128, 64, 64, steps=3)
+    theirs = pipe(
+        prompt=row.prompt, width=128, height=64, max_area=128 * 64, num_inference_steps=3,
+        guidance_scale=row.guidance_scale, max_sequence_length=64,
+        generator=torch.Generator("cpu").manual_seed(row.seed),
+    ).images[0]  # fmt: skip
+    assert worst(run(cpu_engine(directory), [row])[0], np.asarray(theirs)) <= 1
 
 
 def test_prompts_and_seeds_matter(pipeline) -> None:

@@ -12,7 +12,9 @@ from fluxcli.job.plan import Plan, bucket, padded_sizes, plan
 _sides = st.sampled_from([64, 80, 512, 1024, 4096])
 ONE, TWO = Adapter("one", "1" * 64, 1.0), Adapter("two", "2" * 64, 0.5)
 _sets = st.sampled_from([(), (ONE,), (ONE, TWO)])
-_groups = st.builds(Group, _sides, _sides, st.sampled_from([64, 128, 512]), st.sampled_from([1, 4, 28]), _sets)
+_groups = st.builds(
+    Group, _sides, _sides, st.sampled_from([64, 128, 512]), st.sampled_from([1, 4, 28]), st.sampled_from([1, 2]), _sets
+)
 _inputs = st.lists(_groups, max_size=40)
 _batch_sizes = st.integers(1, 9)
 _lengths = st.lists(st.integers(1, 512), min_size=1, max_size=5, unique=True).map(lambda each: tuple(sorted(each)))
@@ -33,7 +35,8 @@ def test_a_batch_mixes_neither_shapes_nor_steps_nor_adapters(groups: list[Group]
     for planned in plans(groups, batch_size):
         for batch in planned:
             key = batch.key
-            group = Group(key.height, key.width, key.text_length, batch.num_inference_steps, batch.adapters)
+            shape = (key.height, key.width, key.text_length)
+            group = Group(*shape, batch.num_inference_steps, key.branches, batch.adapters)
             assert {groups[row] for row in batch.rows} == {group}
 
 
@@ -74,7 +77,8 @@ def test_padded_sizes_ascend_to_the_batch_size_and_waste_less_than_half(batch_si
 def test_the_largest_shapes_of_a_set_of_adapters_come_first(groups: list[Group], batch_size: int) -> None:
     for planned in plans(groups, batch_size):
         for _, batches in itertools.groupby(planned, key=lambda batch: batch.adapters):
-            images = [batch.key.height * batch.key.width // 256 + batch.key.text_length for batch in batches]
+            keys = [batch.key for batch in batches]
+            images = [key.branches * (key.height * key.width // 256 + key.text_length) for key in keys]
             assert images == sorted(images, reverse=True)
         shapes = planned.shapes()
         assert [key.tokens() for key in shapes] == sorted((key.tokens() for key in shapes), reverse=True)

@@ -28,6 +28,7 @@ class Hub:
         self.asked: list[str] = []
         self.fetched: set[str] = set()
         self.address = ""
+        self.cut: set[str] = set()  # files of which half comes before the line is dead
 
     @contextmanager
     def serving(self) -> Iterator["Hub"]:
@@ -87,6 +88,13 @@ class Hub:
             data = self.files[name]
             if request.command == "GET":
                 self.fetched.add(name)
+            if name in self.cut and request.command == "GET":
+                request.send_response(200)
+                request.send_header("Content-Length", str(len(data)))
+                request.end_headers()
+                request.wfile.write(data[: len(data) // 2])
+                request.close_connection = True
+                return
             about = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": COMMIT}
             send(request, 200, data, about)
 

@@ -8,18 +8,16 @@ from fluxcli.core.errors import ModelError
 from fluxcli.models.checkpoints import resolve
 
 NAMES = {
-    "./x.safetensors": "is a single file of weights; fluxcli reads diffusers pipeline directories",
-    "models/x.safetensors": "is a single file of weights; fluxcli reads diffusers pipeline directories",
-    "x.gguf": "is a GGUF file",
     "x.ckpt": "is a pickle, which can run code",
     "x.dduf": "is a DDUF file",
     "notes": "is a file; fluxcli reads diffusers pipeline directories",
-    "models/gone.safetensors": "no such file; and it would be a single file of weights",
+    "models/gone.safetensors": "no such file$",
+    "gone.ckpt": "no such file; and it would be a pickle",
     "https://huggingface.co/org/FLUX.1-dev": "is an address; give the repository's id: org/FLUX.1-dev",
     "https://huggingface.co/org/name/blob/main/x.safetensors": "is an address; give the repository's id: org/name",
     "org/FLUX.1-dev@main": "a hub id's revision is an option: -m org/FLUX.1-dev --revision main",
     "org/FLUX.1-dev/transformer": "if it is in a repository of the hub, give the repository's id: org/FLUX.1-dev",
-    "black-forest-labs/FLUX.1-dev/flux1-dev.safetensors": "no such file; and it would be a single file",
+    "org/FLUX.1-dev/flux1-dev.safetensors": "one of a repository is fetched by: hf download org/FLUX.1-dev flux1",
     "./nothere": "no such directory, and not a hub id",
     "flux-dev": "no such directory, and not a hub id",
     "models": r"it has no model_index.json; it holds single-file weights: x.safetensors",

@@ -120,7 +120,16 @@ CASES: dict[str, tuple[Change, str]] = {
         config("transformer", approximator_layers=5),
         r"fluxcli does not know approximator_layers",
     ),
-    "Fill's transformer": (config("transformer", in_channels="384"), r"in_channels must be like 64, got 384"),
+    "Fill's transformer": (
+        config("transformer", in_channels=384, out_channels=64),
+        r"takes 384 channels and makes 64: FLUX\.1 Fill, a control model or their like",
+    ),
+    "channels of text": (config("transformer", in_channels="384"), r"in_channels must be like 64, got 384"),
+    "patches of four": (config("transformer", patch_size=2), r"patch_size must be 1, got 2"),
+    "axes of another head": (
+        config("transformer", axes_dims_rope=[16, 56, 55]),
+        r"\[16, 56, 55\] must add up to attention_head_dim",
+    ),
     # Parts that are not there.
     "a null part": (index(text_encoder_2=[None, None]), r"model_index.json: has no text_encoder_2"),
     "a part left out": (index(vae=...), r"has no vae"),
@@ -206,7 +215,10 @@ CASES: dict[str, tuple[Change, str]] = {
         renamed("text_encoder_2/model.safetensors", "text_encoder_2/pytorch_model.bin"),
         r"text_encoder_2: .*pytorch_model.bin is not read",
     ),
-    "a GGUF only": (renamed(TRANSFORMER, "transformer/flux1-dev-Q8_0.gguf"), r"flux1-dev-Q8_0.gguf is quantised"),
+    "a GGUF only": (
+        renamed(TRANSFORMER, "transformer/flux1-dev-Q8_0.gguf"),
+        r"flux1-dev-Q8_0.gguf is read where it is given by name",
+    ),
     "another name": (
         renamed(TRANSFORMER, "transformer/flux.safetensors"),
         r"has neither .*; there is flux.safetensors",

@@ -12,6 +12,7 @@ import pytest
 
 from tests.models.conftest import WEIGHTS, edit, shard
 from tests.models.hub import COMMIT, Hub
+from tests.single_files import bfl, save, tensors
 
 ID = "someone/flux"
 READ = {
@@ -36,7 +37,7 @@ import sys
 from fluxcli.core.errors import ModelError
 from fluxcli.models.checkpoints import resolve
 try:
-    checkpoint = resolve(sys.argv[1], sys.argv[2] or None)
+    checkpoint = resolve(sys.argv[1], sys.argv[2] or None, {"transformer": sys.argv[3]} if sys.argv[3] else {})
     print(checkpoint.revision, checkpoint.fingerprint())
 except ModelError as error:
     print("Error:", error)
@@ -44,10 +45,12 @@ assert not {"torch", "transformers", "diffusers"} & sys.modules.keys()
 """
 
 
-def resolve(home: Path, id: str = ID, address: str = "http://127.0.0.1:9", revision: str = "", **env: str) -> str:
+def resolve(
+    home: Path, id: str = ID, address: str = "http://127.0.0.1:9", revision: str = "", file: str = "", **env: str
+) -> str:
     """What a process of its own makes of a hub id: huggingface_hub reads its environment when it is imported."""
     done = subprocess.run(
-        [sys.executable, "-c", RESOLVE, id, revision],
+        [sys.executable, "-c", RESOLVE, id, revision, file],
         capture_output=True, text=True, cwd=home.parent,
         env={**os.environ, **ALONE, "HF_HOME": str(home), "HF_ENDPOINT": address, **env},
     )  # fmt: skip
@@ -121,6 +124,30 @@ def test_a_download_that_broke_off_goes_on_online(model: Path, home: Path) -> No
         assert hub.fetched == {f"transformer/{WEIGHTS['transformer']}"}
 
 
+def test_a_download_that_breaks_off_says_how_to_go_on(model: Path, home: Path) -> None:
+    with Hub(ID, model).serving() as hub:
+        hub.cut = {f"transformer/{WEIGHTS['transformer']}"}
+        told = resolve(home, address=hub.address)
+        assert told == (
+            f"Error: --model {ID}: the download broke off; what came is kept: run the same command again to go on"
+        )
+        hub.cut = set()
+        hub.fetched.clear()
+        assert resolve(home, address=hub.address).startswith(COMMIT)
+        assert f"transformer/{WEIGHTS['transformer']}" in hub.fetched and not hub.fetched & READ
+
+
+def test_a_downloads_progress_is_told_on_stderr(model: Path, home: Path) -> None:
+    with Hub(ID, model).serving() as hub:
+        told = subprocess.run(
+            [sys.executable, "-c", RESOLVE, ID, "", ""],
+            capture_output=True, text=True, cwd=home.parent,
+            env={**os.environ, **ALONE, "HF_HOME": str(home), "HF_ENDPOINT": hub.address},
+        )  # fmt: skip
+    assert told.stdout.startswith(COMMIT) and len(told.stdout.splitlines()) == 1
+    assert "100%" in told.stderr and "Fetching" in told.stderr
+
+
 @pytest.mark.parametrize("beside", [True, False])
 def test_of_a_sharded_repository_the_index_says_what_is_fetched(model: Path, home: Path, beside: bool) -> None:
     single = (model / "transformer" / WEIGHTS["transformer"]).read_bytes()
@@ -134,11 +161,34 @@ def test_of_a_sharded_repository_the_index_says_what_is_fetched(model: Path, hom
     assert hub.fetched == expected
 
 
+def test_of_a_part_with_a_file_of_its_own_no_weights_are_fetched(model: Path, home: Path) -> None:
+    file = save(home.parent / "flux1.safetensors", bfl(tensors(model, "transformer")))
+    with Hub(ID, model).serving() as hub:
+        assert resolve(home, address=hub.address, file=str(file)).startswith(COMMIT)
+        assert hub.fetched == READ | WEIGHTS_READ - {f"transformer/{WEIGHTS['transformer']}"}
+    assert resolve(home, file=str(file), HF_HUB_OFFLINE="1").startswith(COMMIT)
+    assert "incomplete" in resolve(home, HF_HUB_OFFLINE="1")
+
+
+def test_a_file_that_is_no_part_costs_no_download(home: Path, model: Path) -> None:
+    file = save(home.parent / "flux1.safetensors", tensors(model, "vae"))
+    with Hub(ID, model).serving() as hub:
+        assert "holds no transformer" in resolve(home, address=hub.address, file=str(file))
+    assert not hub.asked
+
+
 def test_a_pipeline_of_another_class_costs_one_small_file(model: Path, home: Path) -> None:
     edit(model / "model_index.json", _class_name="FluxFillPipeline")
     with Hub(ID, model).serving() as hub:
         assert "this is FluxFillPipeline" in resolve(home, address=hub.address)
     assert hub.fetched == {"model_index.json"}
+
+
+def test_fills_weights_under_another_name_are_not_fetched(model: Path, home: Path) -> None:
+    edit(model / "transformer" / "config.json", in_channels=384, out_channels=64)
+    with Hub(ID, model).serving() as hub:
+        assert "takes 384 channels and makes 64: FLUX.1 Fill" in resolve(home, address=hub.address)
+    assert not hub.fetched & WEIGHTS_READ
 
 
 def test_without_a_vocabulary_no_weights_are_fetched(model: Path, home: Path) -> None:

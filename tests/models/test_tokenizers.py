@@ -1,6 +1,8 @@
 """A pipeline's tokenizers: what they need to be there, and that no code comes with them."""
 
+import base64
 import json
+import re
 import shutil
 import sys
 import time
@@ -12,7 +14,6 @@ from fluxcli.core.errors import ModelError
 from fluxcli.models import tokenizers
 from fluxcli.models.checkpoints import BUILT_IN
 from fluxcli.models.tokenizers import Tokenizers
-from tests import pipelines
 from tests.models.conftest import edit
 
 PROMPTS = ["a red circle on a white background", 'Ünïcödé 星 🐱, "quoted"  two  spaces', "x", "a dog " * 60]
@@ -117,14 +118,38 @@ def test_sentencepieces_file_alone_needs_its_library(model: Path, monkeypatch: p
     (model / "tokenizer_2" / "tokenizer.json").unlink()
     (model / "tokenizer_2" / "spiece.model").write_bytes(b"no protobuf")
     monkeypatch.setattr("fluxcli.models.directory.find_spec", lambda name: None)
-    with pytest.raises(ModelError, match=r"has spiece\.model alone; to read it: pip install sentencepiece protobuf"):
+    with pytest.raises(ModelError, match=r"has spiece\.model alone; to read it: pip install 'fluxcli\[spiece\]'"):
         Tokenizers(model)
     monkeypatch.setattr("fluxcli.models.directory.find_spec", lambda name: True)
     with pytest.raises(ModelError, match=r"tokenizer_2: spiece\.model cannot be read"):
         Tokenizers(model)
 
 
-DIRECTORIES = [BUILT_IN / "tiny"] + ([pipelines.REAL_DEV] if pipelines.SHARED.is_dir() else [])
+def test_sentencepieces_file_alone_gives_the_same_ids(tmp_path: Path) -> None:
+    """FLUX.1's own T5 vocabulary, written as the file that older repositories have alone."""
+    proto = pytest.importorskip("sentencepiece.sentencepiece_model_pb2")
+    model = Path(shutil.copytree(BUILT_IN / "flux-dev", tmp_path / "model"))
+    path = model / "tokenizer_2" / "tokenizer.json"
+    prompts = ["a photo of a Bench, 12 Ünïcödé  and more\twords", "word " * 600, "x"]
+    expected = Tokenizers(model).t5(prompts, 64)
+    given = json.loads(path.read_text())
+    path.unlink()
+    made = proto.ModelProto()
+    for number, (piece, score) in enumerate(given["model"]["vocab"][:32000]):
+        made.pieces.add(piece=piece, score=score, type={0: 3, 1: 3, 2: 2}.get(number, 1))
+    trainer, normalizer = made.trainer_spec, made.normalizer_spec
+    trainer.model_type, trainer.vocab_size = 1, 32000
+    trainer.pad_id, trainer.eos_id, trainer.unk_id, trainer.bos_id = 0, 1, 2, -1
+    trainer.pad_piece, trainer.eos_piece, trainer.unk_piece = "<pad>", "</s>", "<unk>"
+    normalizer.name, normalizer.add_dummy_prefix, normalizer.escape_whitespaces = "nmt_nfkc", True, True
+    normalizer.remove_extra_whitespaces = True
+    (charsmap,) = re.findall(r'"precompiled_charsmap": "([^"]*)"', json.dumps(given))
+    normalizer.precompiled_charsmap = base64.b64decode(charsmap)
+    (path.parent / "spiece.model").write_bytes(made.SerializeToString())
+    assert Tokenizers(model).t5(prompts, 64) == expected
+
+
+DIRECTORIES = [BUILT_IN / "tiny", BUILT_IN / "flux-dev"]
 LONG = {
     "words": "a photo of a Bench, 12 Ünïcödé 星 and  more\n\twords 🐱 " * 900,
     "one word": "x" * 40_000,

@@ -58,13 +58,6 @@ class FluxConfig:
             parsed = cls(**{**given, "axes_dims_rope": tuple(given.get("axes_dims_rope", cls.axes_dims_rope))})
         except TypeError as error:
             raise ModelError(f"{source}: {str(error).removeprefix('FluxConfig.__init__() ')}") from error
-        if sum(parsed.axes_dims_rope) != parsed.attention_head_dim:
-            raise ModelError(
-                f"{source}: axes_dims_rope {list(parsed.axes_dims_rope)} must add up to "
-                f"attention_head_dim {parsed.attention_head_dim}"
-            )
-        if parsed.patch_size != 1 or parsed.out_channels not in (None, parsed.in_channels):
-            raise ModelError(f"{source}: patch_size must be 1 and out_channels equal in_channels")
         return parsed
 
     @property
@@ -241,17 +234,22 @@ class Flux(nn.Module):
             block.compile(fullgraph=True, dynamic=False)
 
     def slots(self, names: Names = diffusers) -> Slots:
-        """Every tensor of a checkpoint with such names, with the view that holds it here."""
+        """Every tensor of a checkpoint with such names, with the view that holds it here; one whose rows are apart here
+        several times, with each part in its own order."""
         for path, sources in names(self.config.num_layers, self.config.num_single_layers, self.config.guidance_embeds):
             layer = self.get_submodule(path)
             if isinstance(layer, QKNorm):
                 for source, parameter in zip(sources, (layer.query, layer.key), strict=True):
-                    yield f"{source.name}.weight", parameter
+                    yield f"{source.name}.{source.weight}", parameter
                 continue
             assert isinstance(layer, Linear)
             share, first = layer.weight.shape[0] // sum(source.share for source in sources), 0
             for source in sources:
                 rows = share * source.share
-                yield f"{source.name}.weight", layer.slot(first, rows)
-                yield f"{source.name}.bias", layer.bias[first : first + rows]
+                parts = [(first, rows)]
+                if source.swapped:
+                    parts = [(first + rows // 2, rows // 2), (first, rows // 2)]
+                for start, length in parts:
+                    yield f"{source.name}.{source.weight}", layer.slot(start, length)
+                    yield f"{source.name}.bias", layer.bias[start : start + length]
                 first += rows

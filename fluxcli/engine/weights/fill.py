@@ -20,7 +20,8 @@ from fluxcli.engine.weights.copying import copying
 from fluxcli.engine.weights.random import fill_random
 from fluxcli.engine.weights.sources import paired, values
 from fluxcli.models.checkpoints import Checkpoint
-from fluxcli.models.flux1.names import diffusers
+from fluxcli.models.flux1.layouts import renamed
+from fluxcli.models.flux1.names import TABLES, diffusers
 
 Empty = Callable[[Sequence[int], torch.dtype], Tensor]
 
@@ -38,8 +39,7 @@ def load_transformer(
     Raises:
         ModelError: naming what is wrong with the config, the files or the tensors.
     """
-    directory = checkpoint.directory / "transformer"
-    path = directory / "config.json"
+    path = checkpoint.directory / "transformer" / "config.json"
     config = FluxConfig.from_json(checkpoint.transformer, str(path))
     try:
         with torch.device(device), default_dtype(dtype):
@@ -52,8 +52,8 @@ def load_transformer(
         fill_random(model.slots(), device, dtype)
         yield model
         return
-    part = checkpoint.family.parts["transformer"]
-    with paired(model.slots(), directory, part.package, part.ignored) as pairs, copying(pairs):
+    weights, ignored = checkpoint.weights("transformer"), checkpoint.family.parts["transformer"].ignored
+    with paired(model.slots(TABLES[weights.layout]), weights, ignored) as pairs, copying(pairs):
         yield model
 
 
@@ -80,9 +80,9 @@ def read_wide(
     if checkpoint.random:
         fill_random(model.slots(), device, dtype)
     else:
-        part = checkpoint.family.parts["transformer"]
+        weights, ignored = checkpoint.weights("transformer"), checkpoint.family.parts["transformer"].ignored
         with (
-            paired(model.slots(), checkpoint.directory / "transformer", part.package, part.ignored) as pairs,
+            paired(model.slots(TABLES[weights.layout]), weights, ignored) as pairs,
             copying([pair for pair in pairs if not _value(pair[0]).is_meta]),
         ):
             pass
@@ -125,7 +125,9 @@ def load_part(checkpoint: Checkpoint, part: str, device: str, dtype: torch.dtype
     computed = [re.escape(name) for name, _ in model.named_buffers() if name not in slots]
     others = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     ignored = "|".join([*computed, *others, *([about.ignored] if about.ignored else [])])
-    with paired(slots.items(), checkpoint.directory / part, about.package, ignored) as pairs, copying(pairs):
+    weights = checkpoint.weights(part)
+    theirs = renamed(weights.layout, model.config.to_dict() if about.package == "transformers" else model.config)
+    with paired(((theirs(name), slot) for name, slot in slots.items()), weights, ignored) as pairs, copying(pairs):
         pass
     return model
 
@@ -138,8 +140,7 @@ def size(checkpoint: Checkpoint, part: str, dtype: torch.dtype, fp8: bool = Fals
     """
     fp8 = fp8 and part == "transformer"
     if not (checkpoint.random or fp8) and dtype != torch.float16:
-        about = checkpoint.family.parts[part]
-        return dtype.itemsize * values(checkpoint.directory / part, about.package, about.ignored)
+        return dtype.itemsize * values(checkpoint.weights(part), checkpoint.family.parts[part].ignored)
     if part == "transformer":
         config = FluxConfig.from_json(checkpoint.transformer)
         with torch.device("meta"), default_dtype(dtype):

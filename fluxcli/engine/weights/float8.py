@@ -17,6 +17,7 @@ Opened = tuple[Path, Header, Any]  # a weight file; last, safetensors' own handl
 
 _OF_WEIGHT = re.compile(r"(.+)\.(?:weight_scale|scale_weight)")
 _OF_INPUT = re.compile(r"(.+)\.(?:input_scale|scale_input)")  # ours are made anew for each token
+_ABOUT_WEIGHT = re.compile(r"(.+)\.comfy_quant")  # says that it is in float8, which its dtype does
 _MARKER = "scaled_fp8"
 _DTYPES = ("F32", "F16", "BF16")
 
@@ -39,7 +40,7 @@ class Scales:
 
     def own(self, name: str) -> bool:
         """Whether a tensor is one of them, or says how they were made."""
-        match = _OF_WEIGHT.fullmatch(name) or _OF_INPUT.fullmatch(name)
+        match = _OF_WEIGHT.fullmatch(name) or _OF_INPUT.fullmatch(name) or _ABOUT_WEIGHT.fullmatch(name)
         return match[1] in self._layers if match else bool(self._layers) and name == _MARKER
 
     def applied(self, path: Path, weight: Entry, values: Tensor) -> Stored:

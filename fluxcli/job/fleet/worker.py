@@ -281,4 +281,5 @@ def _plain(record: PromptRecord) -> list[Any]:
     return [
         *(record.id, record.prompt, record.seed, record.width, record.height, record.num_inference_steps),
         *(record.guidance_scale, record.line, {}, record.text_tokens, record.text_length),
+        *(record.negative_prompt, record.true_cfg_scale),
     ]

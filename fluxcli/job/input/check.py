@@ -35,6 +35,8 @@ class Checked(NamedTuple):
     guidance_scale: float | None
     line: int
     adapters: Adapters = ()
+    negative_prompt: str | None = None
+    true_cfg_scale: float = 1.0
 
 
 def check_row(
@@ -44,7 +46,13 @@ def check_row(
     schema = schema_of(row, columns)
     meta = {key: row[key] for key in schema.unknown}
     images = images_of(row, schema, index, line, defaults)
-    return [PromptRecord(*image[:-1], meta, adapters=image.adapters) for image in images]
+    return [
+        PromptRecord(
+            *image[:-3], meta, adapters=image.adapters, negative_prompt=image.negative_prompt,
+            true_cfg_scale=image.true_cfg_scale,
+        )
+        for image in images
+    ]  # fmt: skip
 
 
 def images_of(row: dict[str, Any], schema: Schema, index: int, line: int, defaults: RowDefaults) -> list[Checked]:
@@ -59,8 +67,6 @@ def images_of(row: dict[str, Any], schema: Schema, index: int, line: int, defaul
         id = default_id(index) if given.get("id") is None else _check_id(given["id"])
         if schema.twice:
             given = _once(row, schema.known)
-        for key in schema.negative:
-            _check_negative_prompt(row[key], row)
         prompt = given.get("prompt")
         if not isinstance(prompt, str):
             raise RowError(_missing(row) if prompt is None else f"prompt must be a string, got {show(prompt)}")
@@ -68,6 +74,9 @@ def images_of(row: dict[str, Any], schema: Schema, index: int, line: int, defaul
             raise RowError("prompt is empty")
         width, height, steps = defaults.width, defaults.height, defaults.num_inference_steps
         guidance, copies, seed, adapters = defaults.guidance_scale, 1, -1, defaults.adapters
+        true_cfg: tuple[str | None, float] = (None, 1.0)
+        if len(given) > 1 or defaults.negative_prompt is not None:
+            true_cfg = _true_cfg(given, defaults)
         if len(given) > 1:  # most rows of a large job give their prompt alone
             if given.get("size") is not None:
                 given |= _size_of(given)
@@ -90,11 +99,11 @@ def images_of(row: dict[str, Any], schema: Schema, index: int, line: int, defaul
         raise
     if copies == 1:
         own = derived_seed(defaults.seed, id) if seed < 0 else seed
-        return [Checked(id, prompt, own, width, height, steps, guidance, line, adapters)]
+        return [Checked(id, prompt, own, width, height, steps, guidance, line, adapters, *true_cfg)]
     ids = [f"{id}-{copy}" for copy in range(copies)]
     seeds = [derived_seed(defaults.seed, each) if seed < 0 else seed + copy for copy, each in enumerate(ids)]
     return [
-        Checked(each, prompt, own, width, height, steps, guidance, line, adapters)
+        Checked(each, prompt, own, width, height, steps, guidance, line, adapters, *true_cfg)
         for each, own in zip(ids, seeds, strict=True)
     ]
 
@@ -131,20 +140,21 @@ def _check_id(value: Any) -> str:
     return value
 
 
-def _check_negative_prompt(value: Any, row: dict[str, Any]) -> None:
-    if value is None or (isinstance(value, str) and value.strip().lower() in ("", "nan")):  # as a spreadsheet has none
-        return
-    scales = (scale for key, scale in row.items() if key.strip().lower().endswith("true_cfg_scale"))
-    if any(_number(scale) > 1 for scale in scales):
-        raise RowError("negative_prompt with true_cfg_scale is not done by fluxcli yet")
-    raise RowError("negative_prompt needs true_cfg_scale above 1; without it, it would change nothing")
-
-
-def _number(value: Any) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError, OverflowError):
-        return math.nan
+def _true_cfg(given: dict[str, Any], defaults: RowDefaults) -> tuple[str | None, float]:
+    """The negative prompt and the scale, as FluxPipeline takes them: (None, 1) without a scale above 1, or without a
+    negative prompt, which may be empty."""
+    own = given.get("negative_prompt")
+    if own is not None and not isinstance(own, str):
+        raise RowError(f"negative_prompt must be a string, got {show(own)}")
+    if own is not None and own.strip().lower() in ("", "nan"):  # as a spreadsheet has none
+        own = ""
+    scale = _finite("true_cfg_scale", given.get("true_cfg_scale"), defaults.true_cfg_scale)
+    negative = defaults.negative_prompt if own is None else own
+    if negative is not None and scale > 1:
+        return negative, scale
+    if own:
+        raise RowError("negative_prompt needs true_cfg_scale above 1; without it, it would change nothing")
+    return None, 1.0
 
 
 def _missing(row: dict[str, Any]) -> str:
@@ -204,15 +214,22 @@ def _guidance(given: dict[str, Any], default: float | None) -> float | None:
     value = given.get("guidance_scale")
     if value is None:
         return default
+    number = _finite("guidance_scale", value, 0.0)
+    return None if default is None else number  # a model without a guidance embedding has no use for it
+
+
+def _finite(key: str, value: Any, default: float) -> float:
+    if value is None:
+        return default
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise RowError(f"guidance_scale must be a number, got {show(value)}")
+        raise RowError(f"{key} must be a number, got {show(value)}")
     try:
         number = float(value)
     except OverflowError:
         number = math.inf
     if not math.isfinite(number):
-        raise RowError("guidance_scale must be a finite number")
-    return None if default is None else number  # a model without a guidance embedding has no use for it
+        raise RowError(f"{key} must be a finite number")
+    return number
 
 
 def _name(key: str) -> str:

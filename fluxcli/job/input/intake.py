@@ -119,8 +119,8 @@ class Intake:
         """Images of one row: (copy, record) each. `first` is the first image with this prompt."""
         text_length = bucket(tokens, self.text_lengths)
         for copy, record in wanted:
-            steps, adapters = record.num_inference_steps, record.adapters
-            self.groups.append(Group(record.height, record.width, text_length, steps, adapters))
+            steps, branches = record.num_inference_steps, 1 if record.negative_prompt is None else 2
+            self.groups.append(Group(record.height, record.width, text_length, steps, branches, record.adapters))
             self.prompts.append(first)
             self._offset.append(raw.offset)
             self._digest.append(raw.digest)
@@ -163,7 +163,12 @@ def take_in(
 
     def flush() -> None:
         counts = count_tokens([wanted[0][1].prompt for _, wanted in chunk])
+        given = dict.fromkeys(wanted[0][1].negative_prompt for _, wanted in chunk)
+        negatives = [prompt for prompt in given if prompt is not None]
+        negative = dict(zip(negatives, count_tokens(negatives), strict=True))
         for (raw, wanted), tokens in zip(chunk, counts, strict=True):
+            if (other := wanted[0][1].negative_prompt) is not None:
+                tokens = max(tokens, negative[other])
             intake._add(raw, wanted, tokens, first_with.setdefault(hash(wanted[0][1].prompt), len(intake.groups)))
         chunk.clear()
 
@@ -188,6 +193,8 @@ def take_in(
             intake.failures.append(Failure(error.id, raw.line, error.kind, str(error)))
             continue
         prompt = records[0].prompt
+        if schema.true_cfg:
+            tally.look_at(schema, row, records[0].negative_prompt is not None)
         if "<lora:" in prompt:
             tally.ask("<lora:...> in the prompt")
         if look_for_options and "--" in prompt and _OPTIONS_IN_TEXT.search(prompt):

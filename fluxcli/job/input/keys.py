@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 _SETTINGS = (
     *("prompt", "id", "seed", "width", "height", "size"),
     *("num_inference_steps", "guidance_scale", "num_images", "lora"),
+    *("negative_prompt", "true_cfg_scale"),
 )
 _ALIASES = {
     "custom_id": "id",
@@ -17,13 +18,12 @@ _ALIASES = {
     "n": "num_images",
     "num_images_per_prompt": "num_images",
 }
-_NEGATIVE = "negative_prompt"
 BODY = "body"  # of a request in OpenAI's batch format; its keys are read as "body.prompt" and so on
 _SPELLINGS = {**{name: name for name in _SETTINGS}, **_ALIASES}
 _SPELLINGS |= {f"{BODY}.{spelling}": name for spelling, name in _SPELLINGS.items()}
-ROW_NAMES = frozenset((*_SPELLINGS, BODY, _NEGATIVE, "meta"))
+ROW_NAMES = frozenset((*_SPELLINGS, BODY, "meta"))
 _FOREIGN_NAMES = """
-    cfg cfgscale truecfg truecfgscale distilledcfgscale distilledguidance guidancestrength
+    cfg cfgscale truecfg distilledcfgscale distilledguidance guidancestrength
     prompt2 negativeprompt2 promptembeds pooledpromptembeds clipskip maxsequencelength
     loras lorascale loraweight loraweights lorapath adapter adapters adapterweights
     sampler samplername samplerindex scheduler sigmas timesteps numsteps numinferencestep inferencesteps samplingsteps
@@ -58,9 +58,9 @@ class Schema:
     known: tuple[tuple[str, str], ...]
     unknown: tuple[str, ...]
     foreign: tuple[str, ...]  # of the unknown
-    negative: tuple[str, ...]  # of the unknown: spellings of negative_prompt
     twice: bool
     has_id: bool
+    true_cfg: bool  # whether it has a true_cfg_scale
     small: bool  # enough to be kept: rows of a hostile file may each have keys of their own
 
 
@@ -100,9 +100,16 @@ def _schema(names: tuple[str, ...], columns: Columns) -> Schema:
     unknown = tuple(key for key in names if key not in dict(known))
     foreign = tuple(key for key in unknown if _looks_like_one(key))
     small = len(names) <= 100 and sum(map(len, names)) <= 2000
-    negative = tuple(key for key in unknown if key.strip().lower().removeprefix(f"{BODY}.") == _NEGATIVE)
     names_given = {name for _, name in known}
-    return Schema(known, unknown, foreign, negative, len(names_given) < len(known), "id" in names_given, small)
+    return Schema(
+        known,
+        unknown,
+        foreign,
+        len(names_given) < len(known),
+        "id" in names_given,
+        "true_cfg_scale" in names_given,
+        small,
+    )
 
 
 def _looks_like_one(key: str) -> bool:
@@ -115,7 +122,7 @@ def with_body(row: dict[str, Any]) -> dict[str, Any]:
     body = row.get(BODY)
     if not isinstance(body, dict) or any(setting_of(key) == "prompt" for key in row):
         return row
-    lifted = {key for key in body if setting_of(key) or _looks_like_one(key) or key == _NEGATIVE}
+    lifted = {key for key in body if setting_of(key) or _looks_like_one(key)}
     rest = {key: value for key, value in body.items() if key not in lifted}
     return {**row, BODY: rest, **{f"{BODY}.{key}": body[key] for key in body if key in lifted}}
 
@@ -152,6 +159,12 @@ class Tally:
             for key, name in schema.known:
                 if name == "guidance_scale" and row[key] is not None:
                     self.ask(f"{key} (this model takes none)")
+
+    def look_at(self, schema: Schema, row: dict[str, Any], true_cfg: bool) -> None:
+        """Takes in what became of a good row that may ask for true CFG."""
+        for key, name in schema.known:
+            if name == "true_cfg_scale" and not true_cfg and row[key] is not None and float(row[key]) > 1:
+                self.ask(f"{key} (no negative_prompt)")
 
     def ask(self, what: str) -> None:
         _count(self._asked, what, 1)

@@ -25,12 +25,14 @@ _MASK = 2**60 - 1  # such numbers take 32 bytes, larger ones 40
 # looked over rather than checked; a row in any other form is parsed instead.
 _INTEGER = r"(?:0|[1-9][0-9]{0,18}+)"
 _TEXT = r'"[^"\\\x00-\x1f]*+(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\\x00-\x1f]*+)*+"'
+_PLAIN = r'"[^"\\\x00-\x1f]*+"'  # text that can be written in one way
+_SCALE = r"(?:0|[1-9][0-9]{0,8})\.(?:0|[0-9]{0,9}[1-9])"
 _FLAT = r"\{[^{}\x00-\x1f]*+\}"
 _CANONICAL = re.compile(
     rf'\{{"id": "({ID})", "prompt": ({_TEXT}), "file_name": "(images/(?:{SHARD}/)?)(\1\.{SUFFIX})", '
     r'"sha256": "[0-9a-f]{64}", '
     rf'("seed": {_INTEGER}, "width": {_INTEGER}, "height": {_INTEGER}, "num_inference_steps": {_INTEGER}, '
-    r'"guidance_scale": (?:null|(?:0|[1-9][0-9]{0,8})\.(?:0|[0-9]{0,9}[1-9])))'
+    rf'"guidance_scale": (?:null|{_SCALE})(?:, "negative_prompt": {_PLAIN}, "true_cfg_scale": {_SCALE})?+)'
     r'(?:, "lora": (\[[^][\x00-\x1f]++\]))?+'
     rf'(?:, "quantization": "fp8")?+(?:, "step_cache": "1[01]*+", "evaluated_steps": {_INTEGER})?+'
     rf', "text_tokens": {_INTEGER}, "text_length": {_INTEGER}, "truncated": (?:true|false)'
@@ -101,6 +103,9 @@ def content(row: ManifestRow | PromptRecord) -> int:
         f'"seed": {row.seed}, "width": {row.width}, "height": {row.height}, '
         f'"num_inference_steps": {row.num_inference_steps}, "guidance_scale": {guidance}'
     )
+    if row.negative_prompt is not None:
+        negative = json.dumps(row.negative_prompt, ensure_ascii=False)
+        settings += f', "negative_prompt": {negative}, "true_cfg_scale": {float(row.true_cfg_scale or 1)!r}'
     if isinstance(row, ManifestRow):
         settings += "".join(_of_adapter(each["sha256"], each["scale"]) for each in row.lora or ())
     else:
@@ -298,5 +303,6 @@ _SETTINGS = ("prompt", "seed", "width", "height", "num_inference_steps", "guidan
 
 def record_settings(record: PromptRecord) -> dict[str, Any]:
     """The settings of one image, in manifest order: what its pixels depend on besides the job."""
+    names = _SETTINGS if record.negative_prompt is None else (*_SETTINGS, "negative_prompt", "true_cfg_scale")
     adapters = [each.as_row() for each in record.adapters]
-    return {**{name: getattr(record, name) for name in _SETTINGS}, **({"lora": adapters} if adapters else {})}
+    return {**{name: getattr(record, name) for name in names}, **({"lora": adapters} if adapters else {})}

@@ -44,32 +44,37 @@ def comment_truncated(format: ImageFormat, record: PromptRecord, model: str) -> 
     return _comment(format, record, model)[1]
 
 
-def parameters(prompt: str, record: PromptRecord, model: str) -> str:
-    """The settings in the form that AUTOMATIC1111's web UI writes and most viewers read."""
-    settings = [f"Steps: {record.num_inference_steps}", "Sampler: Euler", "CFG scale: 1"]
+def parameters(text: str, record: PromptRecord, model: str) -> str:
+    """The settings in the form that AUTOMATIC1111's web UI writes and most viewers read, below the `text`."""
+    settings = [f"Steps: {record.num_inference_steps}", "Sampler: Euler", f"CFG scale: {record.true_cfg_scale:.10g}"]
     if record.guidance_scale is not None:
         settings.append(f"Distilled CFG Scale: {record.guidance_scale:.10g}")
     if record.adapters:
         names = (f"{os.path.basename(each.path)}:{each.scale:g}" for each in record.adapters)
         settings.append(f"Lora: {_quoted(', '.join(names))}")
     settings += [f"Seed: {record.seed}", f"Size: {record.width}x{record.height}", f"Model: {_quoted(model)}"]
-    prompt = prompt.replace("\0", " ")  # a NUL would end the text early in most readers
-    return f"{prompt}\n{', '.join(settings)}"
+    text = text.replace("\0", " ")  # a NUL would end the text early in most readers
+    return f"{text}\n{', '.join(settings)}"
+
+
+def _text(record: PromptRecord) -> str:
+    return f"{record.prompt}\nNegative prompt: {record.negative_prompt}" if record.negative_prompt else record.prompt
 
 
 def _comment(format: ImageFormat, record: PromptRecord, model: str) -> tuple[str, bool]:
-    """What is written into the image, and whether the prompt had to be cut for it. The settings always fit."""
-    whole = parameters(record.prompt, record, model)
+    """What is written into the image, and whether the prompts had to be cut for it. The settings always fit."""
+    text = _text(record)
+    whole = parameters(text, record, model)
     if format.name != "jpg":
         return whole, False
     most = _JPEG_SEGMENT - len(_exif(""))
     surplus = len(whole.encode("utf-16-be")) - most
     if surplus <= 0:
         return whole, False
-    kept = len(record.prompt.encode("utf-16-be")) - surplus - len("…".encode("utf-16-be"))
+    kept = len(text.encode("utf-16-be")) - surplus - len("…".encode("utf-16-be"))
     # Half of a surrogate pair at the cut is left out.
-    prompt = record.prompt.encode("utf-16-be")[: max(0, kept)].decode("utf-16-be", "ignore")
-    return parameters(prompt + "…", record, model), True
+    text = text.encode("utf-16-be")[: max(0, kept)].decode("utf-16-be", "ignore")
+    return parameters(text + "…", record, model), True
 
 
 def _quoted(value: str) -> str:

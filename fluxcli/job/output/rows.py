@@ -142,6 +142,8 @@ class ManifestRow(Row):
     height: Annotated[int, _size]
     num_inference_steps: Annotated[int, _whole(1, 10**6)]
     guidance_scale: Annotated[float | None, _or_null(_guidance)]
+    negative_prompt: Annotated[str | None, _text] = None  # not written without true CFG, as the next
+    true_cfg_scale: Annotated[float | None, _guidance] = None
     lora: Annotated[list[Any] | None, check_adapters] = None  # none is not written, as of the next three
     quantization: Annotated[str | None, _text] = None
     step_cache: Annotated[str | None, _mask] = None

@@ -15,7 +15,7 @@ from fluxcli.job.output.sink import FileSink
 _LONG = 2**25  # bytes of a manifest of some 40,000 rows
 _FILES = 200  # images whose size is looked at: the last ones
 
-Shape = tuple[int, int, int | None]
+Shape = tuple[int, int, int | None, int]
 
 
 def forecast(directory: Path, groups: Iterable[Group], workers: int) -> dict[str, Any] | None:
@@ -28,7 +28,7 @@ def forecast(directory: Path, groups: Iterable[Group], workers: int) -> dict[str
     last: deque[str] = deque(maxlen=_FILES)
     for row in _rows(directory / "manifest.jsonl"):
         if (taken := _seconds(row)) is not None:
-            shape = (row.height, row.width, row.text_length)
+            shape = (row.height, row.width, row.text_length, 1 if row.negative_prompt is None else 2)
             run, sums = steps.get(shape, (-1, []))
             if row.run != run:
                 sums = [0.0, 0.0, 0.0]
@@ -38,7 +38,7 @@ def forecast(directory: Path, groups: Iterable[Group], workers: int) -> dict[str
             last.append(row.file_name)
     images, seconds = 0, 0.0
     for group, count in Counter(groups).items():
-        if (known := steps.get((group.height, group.width, group.text_length))) is not None:
+        if (known := steps.get((group.height, group.width, group.text_length, group.branches))) is not None:
             step, rest, measured = known[1]
             images += count
             seconds += count * (group.num_inference_steps * step + rest) / measured

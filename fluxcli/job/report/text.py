@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fluxcli.core.records import Adapters, Failure, Group
-from fluxcli.core.step_cache import OFF
+from fluxcli.core.step_cache import OFF, StepCache
 from fluxcli.core.terminal import printable_line
 from fluxcli.job.input.intake import Intake
 from fluxcli.job.input.keys import Tally
@@ -20,15 +20,17 @@ def plan_data(intake: Intake, plan: Plan) -> dict[str, Any]:
 
     `text_padding` is the share of text tokens that are padding, `batch_padding` the share of images that are. With a
     step cache `denoising` is the share of the denoiser's work that it leaves. With adapters `swaps` is how often one
-    engine merges a set of them, or takes the last one out again.
+    engine merges a set of them, or takes the last one out again. With true CFG, of which each image takes two rows of
+    the denoiser, `true_cfg` is how many have it and the share by which it makes the denoiser's work more.
     """
     images, tokens = Counter[int](), Counter[int]()
     for count, text_length in intake.text_tokens():
         images[text_length] += 1
         tokens[text_length] += min(count, text_length)
     groups = Counter(
-        Group(batch.key.height, batch.key.width, batch.key.text_length, batch.num_inference_steps, batch.adapters)
+        Group(key.height, key.width, key.text_length, batch.num_inference_steps, key.branches, batch.adapters)
         for batch in plan
+        for key in (batch.key,)
     )
     in_group = Counter(intake.groups)
     adapted = any(group.adapters for group in in_group)
@@ -60,6 +62,7 @@ def plan_data(intake: Intake, plan: Plan) -> dict[str, Any]:
                 "num_inference_steps": group.num_inference_steps,
                 **({"lora": _adapters(group.adapters)} if adapted else {}),
                 **step_cache.told(group.num_inference_steps),
+                **({"true_cfg": True} if group.branches > 1 else {}),
                 "images": in_group[group],
                 "batches": batches,
             }
@@ -70,7 +73,8 @@ def plan_data(intake: Intake, plan: Plan) -> dict[str, Any]:
         "text_padding": _share(text, sum(tokens.values())),
         "batch_padding": _share(slots, len(intake.groups)),
         **({"denoising": _denoising(intake)} if step_cache.on else {}),
-        "shapes": [key._asdict() for key in plan.shapes()],
+        **({"true_cfg": told} if (told := _true_cfg(in_group, step_cache)) else {}),
+        "shapes": [key.told() for key in plan.shapes()],
         "failures": [failure.as_row() for failure in intake.failures],
     }
 
@@ -95,8 +99,15 @@ def plan_table(data: dict[str, Any]) -> str:
     lines.append(f"padding: {data['text_padding']:.1%} of text tokens, {data['batch_padding']:.1%} of images")
     if "denoising" in data and data["images"]:
         lines.append(f"the step cache leaves {data['denoising']:.1%} of the denoiser's work")
+    if told := data.get("true_cfg"):
+        lines.append(
+            f"true CFG: {told['images']} images take two rows of the denoiser each, which makes its work "
+            f"{told['more']:.1%} more"
+        )
     shapes = ", ".join(
-        f"{shape['batch_size']} x {shape['width']}x{shape['height']}/{shape['text_length']}" for shape in data["shapes"]
+        f"{shape['batch_size']} x {shape['width']}x{shape['height']}/{shape['text_length']}"
+        + (" true CFG" if "branches" in shape else "")
+        for shape in data["shapes"]
     )
     lines.append(f"shapes to compile: {len(data['shapes'])}" + (f" ({shapes})" if shapes else ""))
     if "adapters" in data:
@@ -136,7 +147,7 @@ def _adapter_lines(adapters: Mapping[str, Any]) -> list[str]:
 
 def _steps(group: dict[str, Any]) -> str:
     evaluated = f" ({group['evaluated_steps']} evaluated)" if "evaluated_steps" in group else ""
-    return f"{group['num_inference_steps']}{evaluated}"
+    return f"{group['num_inference_steps']}{evaluated}{', true CFG' if 'true_cfg' in group else ''}"
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -217,6 +228,21 @@ def _denoising(intake: Intake) -> float:
         for step_cache in (intake.defaults.step_cache, OFF)
     )
     return round(left / whole, 4) if whole else 1.0
+
+
+def _true_cfg(images: Mapping[Group, int], step_cache: StepCache) -> dict[str, Any] | None:
+    """What true CFG adds, where images have it."""
+    guided = sum(count for group, count in images.items() if group.branches > 1)
+    if not guided:
+        return None
+    whole, without = (
+        sum(
+            work(group._replace(branches=branches or group.branches), step_cache) * count
+            for group, count in images.items()
+        )
+        for branches in (None, 1)
+    )
+    return {"images": guided, "more": round(whole / without - 1, 4)}
 
 
 def _share(all: int, used: int) -> float:

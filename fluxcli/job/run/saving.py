@@ -118,6 +118,8 @@ class Saver:
             height=record.height,
             num_inference_steps=record.num_inference_steps,
             guidance_scale=record.guidance_scale,
+            negative_prompt=record.negative_prompt,
+            true_cfg_scale=None if record.negative_prompt is None else record.true_cfg_scale,
             lora=[each.as_row() for each in record.adapters] or None,
             quantization=self._run.machine.get("quantization"),
             step_cache=batch.mask or None,

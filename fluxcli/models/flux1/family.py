@@ -1,6 +1,7 @@
 """What FLUX.1 is: dev, schnell, Krea and what was made of them."""
 
 from fluxcli.core.family import TOKEN_SIDE, Family, Part
+from fluxcli.models.flux1 import layouts
 
 _BACKEND = "PreTrainedTokenizerFast"  # reads any tokenizer.json as it stands
 
@@ -11,7 +12,7 @@ def _only(package: str, *classes: str, **rest: object) -> Part:
 
 FLUX1 = Family(
     name="FLUX.1",
-    pipeline="FluxPipeline",
+    pipelines=("FluxPipeline", "FluxKontextPipeline"),  # Kontext from text alone
     parts={
         "scheduler": _only(
             "diffusers", "FlowMatchEulerDiscreteScheduler", config="scheduler_config.json", weights=False
@@ -21,8 +22,16 @@ FLUX1 = Family(
             # FLUX.1 reads CLIP's pooled output before its projection, whichever class wrote the file.
             {"CLIPTextModel": "CLIPTextModel", "CLIPTextModelWithProjection": "CLIPTextModel"},
             ignored=r"^(text_projection\.|visual_projection\.|vision_model\.|logit_scale$)",
+            layouts=layouts.CLIP,
+            prefixes=layouts.CLIP_PREFIXES,
         ),
-        "text_encoder_2": _only("transformers", "T5EncoderModel", ignored=r"^(decoder\.|lm_head\.)"),
+        "text_encoder_2": _only(
+            "transformers",
+            "T5EncoderModel",
+            ignored=r"^(decoder\.|lm_head\.|dec\.|spiece_model$)",
+            layouts=layouts.T5,
+            prefixes=layouts.T5_PREFIXES,
+        ),
         "tokenizer": Part(
             "transformers",
             {
@@ -47,9 +56,21 @@ FLUX1 = Family(
             config="tokenizer_config.json",
             weights=False,
         ),
-        "transformer": _only("diffusers", "FluxTransformer2DModel"),
+        "transformer": _only(
+            "diffusers",
+            "FluxTransformer2DModel",
+            layouts=layouts.TRANSFORMER,
+            prefixes=layouts.TRANSFORMER_PREFIXES,
+        ),
         # The encoder half makes no images.
-        "vae": _only("diffusers", "AutoencoderKL", "AutoencoderTiny", ignored=r"^(encoder\.|quant_conv\.|loss\.)"),
+        "vae": _only(
+            "diffusers",
+            "AutoencoderKL",
+            "AutoencoderTiny",
+            ignored=r"^(encoder\.|quant_conv\.|loss\.)",
+            layouts=layouts.VAE,
+            prefixes=layouts.VAE_PREFIXES,
+        ),
     },
     transformer={
         "patch_size": 1,

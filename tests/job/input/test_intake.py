@@ -282,7 +282,7 @@ def asked(tmp_path: Path, rows: list[Any], name: str = "in.jsonl", **more: Any) 
     return dict(take(write(tmp_path / name, rows), **more).tally.asked())
 
 
-LOOKALIKES = """true_cfg_scale prompt_2 loras sampler scheduler cfg_scale CFG cfg image strength num_steps w h
+LOOKALIKES = """trueCfgScale prompt_2 loras sampler scheduler cfg_scale CFG cfg image strength num_steps w h
 sigmas height_px max_sequence_length numInferenceSteps guidance-scale clip_skip random_seed ip_adapter_image"""
 
 
@@ -300,10 +300,29 @@ def test_a_foreign_setting_without_a_value_asks_for_nothing(tmp_path: Path, noth
 
 
 def test_a_true_cfg_scale_of_one_asks_for_nothing(tmp_path: Path) -> None:
-    assert asked(tmp_path, [{"prompt": "a", "true_cfg_scale": scale} for scale in (1, 1.0, "1.0", None)]) == {}
+    assert asked(tmp_path, [{"prompt": "a", "true_cfg_scale": scale} for scale in (1, 1.0, 0, None)]) == {}
+    assert asked(tmp_path, [{"prompt": "a", "trueCfgScale": scale} for scale in (1, 1.0, "1.0", None)]) == {}
 
 
-@pytest.mark.parametrize("key", ["tag", "model", "url", "category", "include", "Note", "negative_prompt", "step"])
+def test_a_true_cfg_scale_without_a_negative_prompt_is_told(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "true_cfg_scale": 4}, {"prompt": "b", "true_cfg_scale": 4, "negative_prompt": ""}]
+    assert asked(tmp_path, rows) == {"true_cfg_scale (no negative_prompt)": 1}
+
+
+def test_the_bucket_holds_the_negative_prompt_too(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "true_cfg_scale": 4, "negative_prompt": text} for text in ("", "b " * 30, "b " * 600)]
+    rows += [{"prompt": "a " * 40, "true_cfg_scale": 4, "negative_prompt": ""}, {"prompt": "a"}]
+    intake = take(write(tmp_path / "in.jsonl", rows))
+    records = intake.records(range(5))
+    assert [record.text_tokens for record in records] == [
+        len(text) for text in ("a", "b " * 30, "b " * 600, "a " * 40, "a")
+    ]
+    assert [group.branches for group in intake.groups] == [2, 2, 2, 2, 1]
+    assert [record.group for record in records] == intake.groups
+    assert records[2].truncated and not records[1].truncated
+
+
+@pytest.mark.parametrize("key", ["tag", "model", "url", "category", "include", "Note", "step"])
 def test_any_other_key_is_counted_as_unknown_alone(tmp_path: Path, key: str) -> None:
     intake = take(write(tmp_path / "in.jsonl", [{"prompt": "a", key: ""}, {"prompt": "b", key: ""}, {"prompt": "c"}]))
     assert dict(intake.tally.asked()) == {}

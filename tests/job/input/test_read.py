@@ -142,7 +142,10 @@ def test_an_explicit_seed_is_taken_as_it_is(read) -> None:
         ({"num_images": 10**9}, "num_images"),
         ({"negative_prompt": "ugly"}, "negative_prompt needs true_cfg_scale above 1"),
         ({"negative_prompt": "ugly", "true_cfg_scale": 1}, "negative_prompt needs true_cfg_scale above 1"),
-        ({"negative_prompt": "ugly", "true_cfg_scale": 4}, "negative_prompt with true_cfg_scale"),
+        ({"negative_prompt": 7, "true_cfg_scale": 4}, "negative_prompt must be a string, got 7"),
+        ({"negative_prompt": "ugly", "true_cfg_scale": "4"}, "true_cfg_scale must be a number"),
+        ({"negative_prompt": "ugly", "true_cfg_scale": True}, "true_cfg_scale must be a number"),
+        ({"negative_prompt": "ugly", "true_cfg_scale": 10**400}, "true_cfg_scale must be a finite number"),
         ({"size": "large"}, "size must be text like 1024x768"),
         ({"size": 1024}, "size must be text like 1024x768"),
         ({"size": "100x64"}, "width must be a multiple of 16, got 100"),
@@ -184,6 +187,25 @@ def test_the_limits_themselves_are_accepted(read) -> None:
 @pytest.mark.parametrize("empty", ["", " ", "\t\n", None, "nan", "NaN"])
 def test_an_empty_negative_prompt_is_no_offence(read, empty: str | None) -> None:
     one(read([{"prompt": "a", "negative_prompt": empty}]))
+
+
+@pytest.mark.parametrize(
+    ("row", "true_cfg"),
+    [
+        ({"negative_prompt": "ugly", "true_cfg_scale": 4}, ("ugly", 4.0)),
+        ({"negative_prompt": "", "true_cfg_scale": 1.5}, ("", 1.5)),
+        ({"Negative_Prompt": "nan", "true_cfg_scale": 4}, ("", 4.0)),
+        ({"true_cfg_scale": 4}, (None, 1.0)),
+        ({"negative_prompt": None, "true_cfg_scale": 4}, (None, 1.0)),
+        ({"negative_prompt": "", "true_cfg_scale": 1}, (None, 1.0)),
+        ({"true_cfg_scale": 0}, (None, 1.0)),
+        ({}, (None, 1.0)),
+    ],
+)
+def test_true_cfg_is_on_as_fluxpipeline_has_it(read, row: dict[str, Any], true_cfg: tuple[str | None, float]) -> None:
+    record = one(read([{"prompt": "a", **row}]))
+    assert (record.negative_prompt, record.true_cfg_scale) == true_cfg
+    assert record.branches == record.group.branches == (1 if true_cfg[0] is None else 2)
 
 
 @pytest.mark.parametrize("id", ["a", "A.b_c-9", "-x", "_", "0", "x" * 128, "a..b"])
@@ -459,7 +481,7 @@ _values = st.recursive(
     max_leaves=5,
 )
 _KEYS = """prompt id custom_id seed width height steps num_inference_steps guidance guidance_scale n num_images
-num_images_per_prompt negative_prompt tag"""
+num_images_per_prompt negative_prompt true_cfg_scale tag"""
 _keys = st.sampled_from(sorted(_KEYS.split())) | st.text(max_size=8)
 _likely = st.sampled_from(["a", "x", 1, 64, 100, 3.5, -1, "64", 2**63, "nan"]) | _values
 _rows = st.dictionaries(_keys, _likely, max_size=6).map(lambda row: json.dumps({"prompt": "a", **row}).encode())

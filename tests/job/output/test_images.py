@@ -90,6 +90,15 @@ def test_a_comment_too_long_for_a_jpeg_is_cut_and_keeps_its_settings(prompt: str
     assert comment_truncated(ImageFormat("jpg"), record(prompt), "m")
 
 
+def test_a_long_negative_prompt_is_cut_with_its_prompt() -> None:
+    guided = replace(record(), negative_prompt=LONG["latin"], true_cfg_scale=2.5)
+    text = text_of(encode(PIXELS, ImageFormat("jpg"), guided, "m"))
+    assert text.startswith("a bench\nNegative prompt: xxx") and "x…\nSteps: " in text and "CFG scale: 2.5," in text
+    assert comment_truncated(ImageFormat("jpg"), guided, "m")
+    empty = replace(record(), negative_prompt="", true_cfg_scale=2.5)
+    assert text_of(encode(PIXELS, ImageFormat(), empty, "m")).startswith("a bench\nSteps: ")
+
+
 @pytest.mark.parametrize("format", ["png", "webp"])
 def test_other_formats_hold_any_prompt(format: str) -> None:
     prompt = LONG["emoji"]

@@ -1,6 +1,7 @@
 """Rows of a job's files: one strict reader, one writer, and nothing of an unknown key lost between them."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -84,6 +85,20 @@ def test_a_row_made_with_adapters_is_read_as_fast_as_any(lora: list[dict[str, An
         assert committed.content(row) != committed.content(
             PromptRecord(row.id, row.prompt, 7, 1024, 64, 28, 3.5, 1, adapters=other)
         )
+
+
+@pytest.mark.parametrize("guidance", [None, 3.5])
+@pytest.mark.parametrize("negative", ["", "ugly, 星 🐱", 'with "quotes"', "a \\ b", "\u009b\n\u202e"])
+def test_a_row_with_true_cfg_is_known_by_its_negative_prompt_and_scale(negative: str, guidance: float | None) -> None:
+    told = {**MANIFEST, "guidance_scale": guidance, "seed": 7, "negative_prompt": negative, "true_cfg_scale": 4.0}
+    row = rows.make(ManifestRow, told)
+    assert rows.read(ManifestRow, rows.write(row)) == row
+    found = committed._canonical(rows.write(row).rstrip())
+    assert found is None if json.dumps(negative, ensure_ascii=False) != f'"{negative}"' else found
+    assert found is None or found[1] == committed.content(row)
+    others = [{"negative_prompt": "x"}, {"true_cfg_scale": 4.5}, {"negative_prompt": None, "true_cfg_scale": None}]
+    contents = [committed.content(replace(row, **other)) for other in others]
+    assert len({committed.content(row), *contents}) == 4
 
 
 def test_a_lacking_value_is_not_written_as_null() -> None:
