@@ -220,7 +220,7 @@ def main() -> None:
     try:
         told = connect(asked["address"], asked["cpus"])
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        told = {"kind": "error", "message": printable_line(str(error).strip().partition("\n")[0])[:300]}
+        told = {"kind": "error", "message": printable_line(" ".join(str(error).split()))[:300]}
     control.send(json.dumps(told).encode())
     lanes = []
     while True:
