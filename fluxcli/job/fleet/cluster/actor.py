@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import json
+import os
 import queue
 import socket
 import threading
@@ -13,7 +14,7 @@ from typing import Any
 from fluxcli import __version__
 from fluxcli.job.fleet.serve import Server
 from fluxcli.job.fleet.wire import Message
-from fluxcli.job.output.sink import FileSink
+from fluxcli.job.output.sink import ROOT, FileSink
 
 Frame = tuple[str, list[bytes]]  # a message's JSON, and the images that go with it
 CALLS = 4  # at once: one that waits in `hear`, and those that must not wait for it
@@ -23,11 +24,11 @@ class Actor:
     """Its worker is a thread. No weights and no prompts but those of its batches come this way; each machine reads the
     model from its own disk."""
 
-    def look(self, images: dict[str, Any] | None, probe: tuple[str, str, str] | None) -> str:
+    def look(self, images: dict[str, Any] | None, probe: tuple[str, str] | None) -> str:
         """What is here, as JSON: the machine, its versions, and whether it sees the job's directory as the job does.
 
         Args:
-            probe: a file that the job has written, its SHA-256, and where to write one with the same bytes.
+            probe: a file that the job has written there, and its SHA-256.
         """
         sees = images is None or (probe is not None and _sees(images, *probe))
         return json.dumps({"host": socket.gethostname(), "versions": versions(), "sees": sees})
@@ -90,16 +91,13 @@ def versions() -> dict[str, str]:
     return {"fluxcli": __version__, **{each: metadata.version(each).partition("+")[0] for each in packages}}
 
 
-def _sees(images: dict[str, Any], theirs: str, sha256: str, ours: str) -> bool:
+def _sees(images: dict[str, Any], probe: str, sha256: str) -> bool:
     sink = FileSink(Path(images["directory"]), images["suffix"])
     try:
-        with open(sink.open(theirs), "rb") as file:
-            data = file.read(64)
-        if hashlib.sha256(data).hexdigest() != sha256:
-            return False
-        sink.put(ours, data, ours)
+        with open(sink.open(probe), "rb") as file:
+            same = hashlib.sha256(file.read(64)).hexdigest() == sha256
+        return same and os.access(sink.path(ROOT), os.W_OK | os.X_OK)
     except OSError:
         return False
     finally:
         sink.close()
-    return True

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import secrets
 import select
 import socket
 import subprocess
@@ -41,6 +42,8 @@ class Cluster:
         self._check()
         self._output = tempfile.TemporaryFile()  # noqa: SIM115, closed in `close`
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        # A secret of its own, instead of the one that Ray would leave in the home directory for every later cluster.
+        own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)} if address == "local" else {}
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "fluxcli.job.fleet.cluster.driver", str(theirs.fileno())],
@@ -48,7 +51,7 @@ class Cluster:
                 stdout=self._output,
                 stderr=self._output,
                 pass_fds=[theirs.fileno()],
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)), **own},
                 start_new_session=True,
             )
         self._control.send(json.dumps({"address": address, "cpus": cpus}).encode())

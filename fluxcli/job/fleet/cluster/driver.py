@@ -6,7 +6,6 @@ what it sends: who can reach a Ray cluster can run code on it. So it is here, an
 """
 
 import contextlib
-import hashlib
 import importlib.util
 import json
 import os
@@ -15,6 +14,8 @@ import secrets
 import socket
 import sys
 import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,10 @@ os.environ["RAY_USAGE_STATS_PROMPT_ENABLED"] = "0"
 import ray
 from ray.exceptions import RayError
 
-from fluxcli.core.files import temporary_name
 from fluxcli.core.terminal import printable_line
 from fluxcli.job.fleet.cluster.actor import CALLS, Actor, versions
 from fluxcli.job.fleet.wire import Garbage, Message, Wire, message_of
-from fluxcli.job.output.sink import FileSink
+from fluxcli.job.output.sink import ROOT, FileSink
 
 _OBJECTS = 2**28  # bytes of memory for what travels, of a cluster that is this machine alone
 _PLACED = 10.0  # seconds after which a worker without a place is told of
@@ -49,6 +49,7 @@ class _Lane:
         self._revoked = False  # the job has taken back what it held
         self._places: dict[int, list[list[str]]] = {}  # file name and temporary of each image, by lease
         self._sink: FileSink | None = None  # where images are put that the worker sends
+        self._discard: Callable[[], None] = lambda: None  # removes the probe
         needs = {"num_gpus": 1} if about["gpu"] else {}
         self._actor: Any = (
             ray.remote(Actor)
@@ -69,7 +70,8 @@ class _Lane:
         ray.kill(self._actor, no_restart=True)
         with self._telling:
             self._revoked = True
-            self._wire.close()
+        self._forget_probe()
+        self._wire.close()
 
     def _pass_on(self, message: Message) -> None:
         if message["kind"] == "start":
@@ -100,24 +102,11 @@ class _Lane:
 
     def _begin(self, start: Message) -> None:
         images = start["images"]
-        sink = None if images is None else FileSink(Path(images["directory"]), images["suffix"])
-        probe, data = None, secrets.token_bytes(32)
-        if sink is not None:
-            name = f"images/probe{images['suffix']}"
-            theirs = sink.put(name, data).temporary
-            ours = f"images/{temporary_name('probe' + images['suffix'])}"
-            probe = (theirs, hashlib.sha256(data).hexdigest(), ours)
-        try:
-            looking = self._actor.look.remote(images, probe)
-            if not ray.wait([looking], timeout=_PLACED)[0]:
-                self._tell({"kind": "said", "text": "waits for a place in the cluster"})
-            there = self._there(looking)
-            if sink is not None and probe is not None and there["sees"]:
-                there["sees"] = _reads(sink, probe[2], data)
-        finally:
-            for each in probe[::2] if probe else ():
-                assert sink is not None
-                sink.discard(each)
+        looking = self._actor.look.remote(images, self._probe(images))
+        if not ray.wait([looking], timeout=_PLACED)[0]:
+            self._tell({"kind": "said", "text": "waits for a place in the cluster"})
+        there = self._there(looking)
+        self._forget_probe()
         for package, version in versions().items():
             if (other := there["versions"].get(package)) != version:
                 raise _Refused(
@@ -125,10 +114,27 @@ class _Lane:
                     "install the same on every machine"
                 )
         if not there["sees"]:
-            self._sink = sink
+            self._sink = FileSink(Path(images["directory"]), images["suffix"])
             told = f"{there['host']} does not see {images['directory']}: its images are sent through Ray"
             self._tell({"kind": "said", "text": told})
         ray.get(self._actor.begin.remote(self._module, json.dumps(start), not there["sees"]))
+
+    def _probe(self, images: dict[str, Any] | None) -> tuple[str, str] | None:
+        """A file in the job's directory for the actor to find, and its SHA-256."""
+        if images is None:
+            return None
+        data = secrets.token_bytes(32)
+        sink = FileSink(Path(images["directory"]), images["suffix"])
+        with self._telling:
+            if self._revoked:
+                return None
+            written = sink.put(f"{ROOT}probe{images['suffix']}", data)
+            self._discard = partial(sink.discard, written.temporary)
+        return written.temporary, written.sha256
+
+    def _forget_probe(self) -> None:
+        with self._telling, contextlib.suppress(OSError):
+            self._discard()
 
     def _there(self, looking: Any) -> dict[str, Any]:
         try:
@@ -191,14 +197,6 @@ def cause(error: RayError) -> str:
     return printable_line(known[1] if known else text.splitlines()[0])[:300]
 
 
-def _reads(sink: FileSink, name: str, data: bytes) -> bool:
-    try:
-        with open(sink.open(name), "rb") as file:
-            return file.read(64) == data
-    except OSError:
-        return False
-
-
 def connect(address: str, cpus: int | None) -> Message:
     """Joins a cluster, or starts one of this machine alone; what there is in it."""
     # What Ray adds to the path of the workers: where fluxcli is, instead of whatever directory this is.
@@ -208,6 +206,7 @@ def connect(address: str, cpus: int | None) -> Message:
     own: dict[str, Any] = {}
     if address == "local":
         own = {"include_dashboard": False, "object_store_memory": _OBJECTS, "num_cpus": cpus}
+        own["_node_ip_address"] = "127.0.0.1"
     ray.init(address, log_to_driver=False, logging_level="CRITICAL", **own)
     there = ray.cluster_resources()
     return {"kind": "cluster", "gpus": int(there.get("GPU", 0)), "cpus": int(there.get("CPU", 0))}
