@@ -147,7 +147,8 @@ def warmup(
     else:
         shapes = warm_up(several.workers(checkpoint, engine_config), keys, tell, say)
     seconds = time.perf_counter() - start
-    say(f"{len(shapes)} shapes in {seconds:.1f} s with the model's loading; cache: {compile_cache.root()}")
+    cache = None if elsewhere else str(compile_cache.root())
+    say(f"{len(shapes)} shapes in {seconds:.1f} s with the model's loading; cache: {cache or 'that of each machine'}")
     if export is not None:
         size = cache_archive.export(compile_cache.CompileCache(checkpoint, engine_config), export, secret)
         say(f"{export}: {size / 1e6:.1f} MB")
@@ -156,4 +157,4 @@ def warmup(
             {**one.key._asdict(), "seconds": round(one.seconds, 3), "state": one.state, "attention": one.attention}
             for one in shapes
         ]
-        click.echo(json.dumps({"shapes": data, "seconds": round(seconds, 3), "cache": str(compile_cache.root())}))
+        click.echo(json.dumps({"shapes": data, "seconds": round(seconds, 3), "cache": cache}))

@@ -6,6 +6,7 @@ what it sends: who can reach a Ray cluster can run code on it. So it is here, an
 """
 
 import contextlib
+import errno
 import importlib.util
 import json
 import os
@@ -14,7 +15,7 @@ import secrets
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,22 @@ _CAUSE = re.compile(r"because (.+?)\.\s").search
 
 class _Refused(Exception):
     """A worker that no other start would cure."""
+
+
+class _Disk(Exception):
+    """The job's disk cannot be written."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(str(error))
+        self.about = (error.errno or errno.EIO, error.strerror or str(error), str(error.filename or ""))
+
+
+@contextlib.contextmanager
+def _writing() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise _Disk(error) from error
 
 
 class _Lane:
@@ -89,13 +106,15 @@ class _Lane:
                     self._say(text, images)
         except _Refused as error:
             self._end(str(error), "user")
-        except OSError as error:
-            about = (error.errno or 0, error.strerror or str(error), str(error.filename or ""))
-            self._end(f"the disk: {error}", "disk", about)
+        except _Disk as error:
+            self._end(str(error), "disk", error.about)
         except Garbage as error:
             self._end(f"sent {error}", "device")
-        except RayError as error:
-            self._end(cause(error), "device")
+        except Exception as error:  # whatever Ray may raise; where the cluster is lost, not its own kind alone
+            if "owner has died" in (reason := cause(error)):
+                print("this machine has left it", file=sys.stderr, flush=True)
+                os._exit(1)  # the owner is this process: nothing can be started from here any more
+            self._end(reason, "device")
         with self._telling:
             if not self._revoked:
                 self._wire.hang_up()
@@ -125,7 +144,7 @@ class _Lane:
             return None
         data = secrets.token_bytes(32)
         sink = FileSink(Path(images["directory"]), images["suffix"])
-        with self._telling:
+        with self._telling, _writing():
             if self._revoked:
                 return None
             written = sink.put(f"{ROOT}probe{images['suffix']}", data)
@@ -172,7 +191,7 @@ class _Lane:
         for ((file_name, temporary), told), data in zip(made, images, strict=True):
             if type(data) is not bytes:
                 raise ValueError("no image")
-            with self._telling:
+            with self._telling, _writing():
                 if self._revoked:
                     return
                 written = self._sink.put(file_name, data, temporary)
@@ -187,7 +206,7 @@ class _Lane:
                 self._wire.send(message)
 
 
-def cause(error: RayError) -> str:
+def cause(error: Exception) -> str:
     """Why an actor is no more, in a line. Ray says it in many."""
     text = str(error)
     if getattr(error, "_actor_init_failed", False) or not isinstance(error, ray.exceptions.RayActorError):

@@ -194,6 +194,28 @@ def test_a_cluster_that_is_lost_ends_the_job_and_the_next_goes_on(folder: str, u
 
 
 @pytest.mark.slow
+def test_a_job_whose_own_machine_leaves_the_cluster_ends(nodes: Any, tmp_path) -> None:
+    """As Ray has it: the job's process is alive, and its node dead."""
+    rows, pids = fleets.write_rows(tmp_path / "rows.jsonl", PROMPTS * 4), tmp_path / "pids"
+    others = nodes.__class__(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False, **SMALL})
+
+    def leave() -> None:
+        wait_for(lambda: bool(harness.manifest(tmp_path / "job")))
+        others.head_node.all_processes["raylet"][0].process.kill()
+
+    leaving = threading.Thread(target=leave)
+    leaving.start()
+    told = r"the cluster is lost: this machine has left it\. Nothing committed is lost; run again to go on"
+    with closing(Cluster(others.address)) as joined, pytest.raises(FluxcliError, match=told):
+        fleets.run(rows, tmp_path / "job", workers(joined, 2, pids=str(pids), seconds=5.0))
+    leaving.join()
+    others.shutdown()
+    assert fleets.gone(pids, 10.0)
+    assert fleets.run(rows, tmp_path / "job", fleets.fleet(2)) == 0
+    fleets.check(tmp_path / "job", fleets.alone(rows, tmp_path / "one"))
+
+
+@pytest.mark.slow
 def test_a_disk_that_cannot_be_written_ends_the_job(actors, tmp_path) -> None:
     rows = fleets.write_rows(tmp_path / "rows.jsonl", PROMPTS)
     with pytest.raises(JobError, match=r"images/p\d+.png: cannot be written: No space left on device"):
