@@ -66,9 +66,9 @@ class OnCluster:
 
     def workers(self, checkpoint: Checkpoint, config: EngineConfig) -> Workers:
         # Each machine finds the model for itself, by the same name, and it must be the same.
-        name = checkpoint.name if checkpoint.revision or not Path(checkpoint.name).expanduser().is_dir() else ""
-        about = {"name": name or str(checkpoint.directory.absolute()), "revision": checkpoint.revision}
-        model = {**about, "fingerprint": checkpoint.fingerprint()}
+        named = checkpoint.revision or checkpoint.directory.is_relative_to(checkpoints.BUILT_IN)
+        name = checkpoint.name if named else str(checkpoint.directory.absolute())
+        model = {"name": name, "revision": checkpoint.revision, "fingerprint": checkpoint.fingerprint()}
         gpu = self.device != "cpu"
 
         def spawn(number: int, before: int) -> Any:
@@ -120,7 +120,8 @@ def _on_cluster(address: str, workers: int | None, device: str) -> Processes:
     try:
         there, kind = (cluster.cpus, "CPUs") if device == "cpu" else (cluster.gpus, "GPUs")
         if not there:
-            raise DeviceError(f"--ray {address}: the cluster has no GPUs; --device cpu --workers N runs on its CPUs")
+            hint = "" if device == "cpu" else "; --device cpu --workers N runs on its CPUs"
+            raise DeviceError(f"--ray {address}: the cluster has no {kind}{hint}")
         if workers is not None and workers > there:
             raise DeviceError(f"--workers {workers}: the cluster at {address} has {there} {kind} now, one for each")
     except BaseException:

@@ -272,3 +272,15 @@ def test_shapes_are_made_ready_once_on_each_machine(actors, tmp_path) -> None:
     keys = [ShapeKey(4, side, 64, 64) for side in range(64, 128, 16)]
     ready = warm_up(actors(2), keys, lambda one: None, lambda text: None)
     assert sorted(one.key for one in ready) == keys  # both nodes are this machine
+
+
+@pytest.mark.slow
+def test_a_job_without_a_gpu_of_its_own_has_those_of_the_cluster(nodes, command, tmp_path) -> None:
+    """Those are none, for torch, which the workers tell."""
+    fleets.write_rows(tmp_path / "rows.jsonl", PROMPTS)
+    words = ("batch", "rows.jsonl", "-o", "job", "-m", "tiny", "--ray", nodes.address)
+    planned = command(*words, "--dry-run", "--json", cwd=tmp_path)
+    assert planned.returncode == 0 and planned.json["workers"] == 2, planned.stderr
+    done = command(*words, cwd=tmp_path)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "sees no CUDA GPU; use --device cpu; 3 starts in a row finished no batch" in done.stderr
