@@ -27,7 +27,7 @@ def rows(count: int, width: int = 64):
 
 
 def captured(directory: Path) -> Engine:
-    return masked_engine(directory, "bfloat16", "cuda")
+    return masked_engine(directory, "cuda", "bfloat16")
 
 
 def test_every_step_is_one_replay_of_one_of_the_shapes_graphs(pipeline) -> None:
@@ -66,8 +66,8 @@ def test_a_mask_of_ones_is_off_to_the_last_bit(pipeline) -> None:
 
 def test_captured_and_uncaptured_agree_and_so_does_a_cpu(pipeline) -> None:
     directory = pipeline(DEV)
-    graphs = run(masked_engine(directory, "float32", "cuda"), rows(3), MASK).astype(int)
-    plain = run(masked_engine(directory, "float32", "cuda", compile=False), rows(3), MASK)
+    graphs = run(masked_engine(directory, "cuda", "float32"), rows(3), MASK).astype(int)
+    plain = run(masked_engine(directory, "cuda", "float32", compile=False), rows(3), MASK)
     assert np.abs(graphs - plain).max() <= 1
     assert np.abs(graphs - run(masked_engine(directory), rows(3), MASK)).max() <= 2
 

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxcli.engine.layers.scaling_triton import bounded, largest, scale_of, to_e4m3
+from fluxcli.engine.layers.scaling_triton import bounded, largest_of, scale_of, to_e4m3
 from fluxcli.engine.matmul.scaled import E4M3, Scaled
 
 
@@ -38,7 +38,7 @@ def _modulate(
     result = normed * factor + tl.load(shift + batch * shift_batch + column, mask=mask, other=0.0).to(tl.float32)
     if FP8:
         result = tl.where(mask, bounded(result, MOST), 0.0)
-        row_scale = scale_of(largest(result))
+        row_scale = scale_of(largest_of(tl.abs(result)))
         tl.store(out + own, to_e4m3(result, row_scale), mask=mask)
         tl.store(out_scale + row, row_scale)
     else:

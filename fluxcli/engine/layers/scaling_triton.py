@@ -8,26 +8,33 @@ from torch import Tensor
 
 from fluxcli.engine.matmul.scaled import E4M3, E4M3_MAX, LEAST, Scaled
 
-_MAX, _LEAST = tl.constexpr(E4M3_MAX), tl.constexpr(LEAST)
-_GELU = tl.constexpr(2 * 0.7978845608028654)  # twice the root of 2 / pi: tanh(x) is 2 * sigmoid(2 * x) - 1
+_SHARE, _LEAST = tl.constexpr(1 / E4M3_MAX), tl.constexpr(LEAST)
+_GELU = tl.constexpr(-2 * 0.7978845608028654 / 0.6931471805599453)  # -2 * sqrt(2 / pi), of a power of 2 instead of e
 _CUBE = tl.constexpr(0.044715)
+_FEW = 6  # pieces of a row
 
 
 @triton.jit
-def largest(x):
-    """The largest absolute value of a finite row; NaN where it has one, which the maximum alone would pass over."""
-    return tl.max(tl.abs(x), axis=0) + tl.sum(x * 0.0, axis=0)
+def larger(a, b):
+    """Of two; NaN where one is NaN, which a plain maximum would pass over."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def largest_of(sizes):
+    """The largest of a row's absolute values."""
+    return tl.reduce(sizes, 0, larger)
 
 
 @triton.jit
 def scale_of(most):
     """The scale of a row whose largest absolute value is `most`, as `scaled.row_scaled` has it."""
-    return tl.maximum(most / _MAX, _LEAST, propagate_nan=tl.PropagateNan.ALL)
+    return larger(most * _SHARE, _LEAST)
 
 
 @triton.jit
 def to_e4m3(value, scale):
-    return bounded(value / scale, _MAX).to(tl.float8e4nv)
+    return (value * (1.0 / scale)).to(tl.float8e4nv)
 
 
 @triton.jit
@@ -37,32 +44,45 @@ def bounded(value, LIMIT: tl.constexpr):
 
 
 @triton.jit
+def _gelu(x):
+    return x / (1.0 + tl.exp2((x * x * x * _CUBE + x) * _GELU))
+
+
+@triton.jit
 def _row_scaled(
     plain, curved, values, scales,
     tokens, plain_batch, plain_token, curved_batch, curved_token, plain_dim, curved_dim,
-    PLAIN: tl.constexpr, CURVED: tl.constexpr, LIMIT: tl.constexpr,
+    PLAIN: tl.constexpr, PLAINS: tl.constexpr, CURVED: tl.constexpr, CURVEDS: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     # One program per token: its row stays in registers between the GELU, the scale and the store.
     row = tl.program_id(0).to(tl.int64)
-    batch, token = row // tokens, row % tokens
-    most = 0.0
-    if PLAIN > 0:
-        first = tl.arange(0, PLAIN)
-        x = tl.load(plain + batch * plain_batch + token * plain_token + first, mask=first < plain_dim, other=0.0)
-        a = bounded(x.to(tl.float32), LIMIT)
-        most = largest(a)
-    if CURVED > 0:
-        second = tl.arange(0, CURVED)
-        y = tl.load(curved + batch * curved_batch + token * curved_token + second, mask=second < curved_dim, other=0.0)
-        b = bounded(y.to(tl.float32), LIMIT)
-        b = b * tl.sigmoid((b * b * b * _CUBE + b) * _GELU)
-        most = tl.maximum(most, largest(b), propagate_nan=tl.PropagateNan.ALL)
+    plain += row // tokens * plain_batch + row % tokens * plain_token
+    curved += row // tokens * curved_batch + row % tokens * curved_token
+    values += row * (plain_dim + curved_dim)
+    most, parts = 0.0, ()
+    if PLAINS > 0:
+        largest = tl.zeros((PLAIN,), tl.float32)
+        for i in tl.static_range(PLAINS):
+            at = i * PLAIN + tl.arange(0, PLAIN)
+            x = bounded(tl.load(plain + at, mask=at < plain_dim, other=0.0).to(tl.float32), LIMIT)
+            largest = larger(largest, tl.abs(x))
+            parts = parts + (x,)  # type: ignore[assignment]  # noqa: RUF005, all that Triton knows
+        most = largest_of(largest)
+    if CURVEDS > 0:
+        largest = tl.zeros((CURVED,), tl.float32)
+        for i in tl.static_range(CURVEDS):
+            at = i * CURVED + tl.arange(0, CURVED)
+            x = _gelu(bounded(tl.load(curved + at, mask=at < curved_dim, other=0.0).to(tl.float32), LIMIT))
+            largest = larger(largest, tl.abs(x))
+            parts = parts + (x,)  # type: ignore[assignment]  # noqa: RUF005, all that Triton knows
+        most = larger(most, largest_of(largest))
     scale = scale_of(most)
-    start = values + row * (plain_dim + curved_dim)
-    if PLAIN > 0:
-        tl.store(start + first, to_e4m3(a, scale), mask=first < plain_dim)
-    if CURVED > 0:
-        tl.store(start + plain_dim + second, to_e4m3(b, scale), mask=second < curved_dim)
+    for i in tl.static_range(PLAINS):
+        at = i * PLAIN + tl.arange(0, PLAIN)
+        tl.store(values + at, to_e4m3(parts[i], scale), mask=at < plain_dim)
+    for i in tl.static_range(CURVEDS):
+        at = i * CURVED + tl.arange(0, CURVED)
+        tl.store(values + plain_dim + at, to_e4m3(parts[PLAINS + i], scale), mask=at < curved_dim)
     tl.store(scales + row, scale)
 
 
@@ -75,10 +95,20 @@ def row_scaled(plain: Tensor | None, curved: Tensor | None) -> Scaled:
     strides = [stride for each in (plain, curved) for stride in ((0, 0) if each is None else each.stride()[:2])]
     values = torch.empty((batch, tokens, sum(dims)), dtype=E4M3, device=given.device)
     scales = torch.empty((batch, tokens), dtype=torch.float32, device=given.device)
-    blocks = [triton.next_power_of_2(dim) if dim else 0 for dim in dims]
+    (plain_block, plains), (curved_block, curveds) = map(_pieces, dims)
     _row_scaled[(batch * tokens,)](
         given if plain is None else plain, given if curved is None else curved, values, scales,
         tokens, *strides, *dims,
-        PLAIN=blocks[0], CURVED=blocks[1], LIMIT=torch.finfo(given.dtype).max, num_warps=8,
+        PLAIN=plain_block, PLAINS=plains, CURVED=curved_block, CURVEDS=curveds, LIMIT=torch.finfo(given.dtype).max,
+        num_warps=8,
     )  # fmt: skip
     return Scaled(values, scales)
+
+
+def _pieces(dim: int) -> tuple[int, int]:
+    """The length, a power of two, and the number of pieces of a row: none that is masked where few pieces do, as at
+    FLUX.1's widths."""
+    exact = dim & -dim
+    if dim <= _FEW * exact:
+        return exact, dim // max(1, exact)
+    return triton.next_power_of_2(dim), 1

@@ -28,6 +28,13 @@ def test_what_lies_as_the_copy_engine_wants_it_is_offered(quack: Quack) -> None:
     assert list(quack.ways([halves(x=torch.randn(2, 128, 64).bfloat16()[:, 32:])])) == ONE
 
 
+def test_numbers_in_8_bits_have_a_tile_of_their_own(quack: Quack) -> None:
+    x, weight = (torch.randn(*shape).to(torch.float8_e4m3fn) for shape in ((2, 96, 64), (192, 64)))
+    scales = torch.ones(2, 96), torch.ones(192)
+    assert list(quack.ways([Gemm(x, weight, torch.zeros(192).bfloat16(), scales=scales)])) == ["quack 128x208"]
+    assert not quack.ways([Gemm(x, weight, torch.zeros(192), scales=scales)])
+
+
 @pytest.mark.parametrize(
     "gemm",
     [
@@ -98,7 +105,7 @@ def test_an_epilogue_that_a_release_refuses_costs_no_job(monkeypatch: pytest.Mon
         "quack.gemm_config": {"GemmConfig": dict},
         "quack.activation": {"gelu_tanh_approx": None},
         "quack.epilogue": {"__path__": []},
-        "quack.epilogue.frontend": {"gemm_epilogue": refuse},
+        "quack.epilogue.frontend": {"EpiMod": object, "gemm_epilogue": refuse},
         "quack.epilogue.ops": {"ColVecLoad": str, "RowVecLoad": str, "TileLoad": str},
     }
     for name, attributes in contents.items():
