@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import fluxcli
 from fluxcli.job.fleet.cluster import cluster
 from fluxcli.job.report.verify import verify
 from tests.cli.conftest import SMALL
@@ -50,22 +51,28 @@ def test_warmup_and_dry_run_on_a_cluster(inside: Callable[..., Result], tmp_path
     write_rows(tmp_path / "in.jsonl", PROMPTS)
     done = inside("batch", "in.jsonl", *SMALL, *LOCAL, "--dry-run", "--json")
     assert done.returncode == 0 and done.json["workers"] == 2
+    small = {"width": 64, "height": 64, "steps": 1, "device": "cpu"}
+    job = fluxcli.Job(tmp_path / "in.jsonl", tmp_path / "out", "tiny", ray="local", workers=1, **small)
+    assert job.run()["images"] == len(PROMPTS)
 
 
 @pytest.mark.slow
 def test_no_more_workers_than_the_cluster_has_room_for(
     inside: Callable[..., Result], tmp_path: Path, monkeypatch
 ) -> None:
-    ray = pytest.importorskip("ray")
-    for name, value in (("MODE", "token"), ("TOKEN", 64 * "0")):
-        monkeypatch.setenv(f"RAY_AUTH_{name}", value)
-
+    nodes = pytest.importorskip("ray.cluster_utils")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     write_rows(tmp_path / "in.jsonl", PROMPTS)
-    with ray.init("local", num_cpus=1, num_gpus=0, include_dashboard=False, log_to_driver=False) as there:
-        address = there.address_info["gcs_address"]
+    head = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 10**8}
+    there = nodes.Cluster(initialize_head=True, head_node_args=head)
+    address = there.address
+    try:
         done = inside("batch", "in.jsonl", "-o", "out", *SMALL, "--ray", address, "--workers", 2)
-        assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
-        assert f"--workers 2: the cluster at {address} has 1 CPUs now, one for each" in done.stderr
+    finally:
+        there.shutdown()
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert f"--workers 2: the cluster at {address} has 1 CPUs now, one for each" in done.stderr
     assert not (tmp_path / "out").exists()
 
 

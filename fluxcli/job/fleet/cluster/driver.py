@@ -84,7 +84,8 @@ class _Lane:
             while True:
                 for message in self._wire.receive():
                     self._pass_on(message)
-        ray.kill(self._actor, no_restart=True)
+        with contextlib.suppress(Exception):  # where the cluster is lost there is nothing to end
+            ray.kill(self._actor, no_restart=True)
         with self._telling:
             self._revoked = True
         self._forget_probe()

@@ -18,7 +18,8 @@ SMALL = {"object_store_memory": 10**8}
 
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Two, of three CPUs; one has two GPUs, or says so. While the file `bare` is there, fluxcli is not."""
+    """Two, of one CPU and of two; the second has two GPUs and is another machine, or says so. While the file `bare` is
+    there, fluxcli is not."""
     pytest.importorskip("ray")
     before = dict(os.environ)
     os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_AUTH_MODE="disabled", OMP_NUM_THREADS="1")
@@ -28,7 +29,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
     try:
         cluster = Nodes(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False, **SMALL})
-        cluster.add_node(num_cpus=2, num_gpus=2, **SMALL)
+        cluster.add_node(num_cpus=2, num_gpus=2, env_vars={"HOST": "second"}, **SMALL)
         cluster.bare = bare
         yield cluster
         cluster.shutdown()

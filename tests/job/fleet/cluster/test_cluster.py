@@ -42,9 +42,8 @@ def test_actors_make_what_one_process_makes(folder: str, undisturbed, actors, tm
     made = [row["worker"] for row in harness.manifest(directory)]
     assert [worker["images"] for worker in run["workers"]] == [made.count(number) for number in range(2)]
     assert {(worker["starts"], worker["deaths"]) for worker in run["workers"]} == {(1, 0)}
-    assert {(worker["device"], worker["host"]) for worker in run["workers"] if worker["images"]} == {
-        ("seed", os.uname().nodename)
-    }
+    told = {(worker["device"], worker["host"]) for worker in run["workers"] if worker["images"]}
+    assert told and told <= {("seed", os.uname().nodename), ("seed", "second")}
     sent = [line for line in capsys.readouterr().err.splitlines() if line.endswith("its images are sent through Ray")]
     assert bool(sent) == (folder == "unseen") and all(f"does not see {directory}:" in line for line in sent)
 
@@ -267,11 +266,10 @@ def test_a_machine_without_fluxcli_is_told_before_work(nodes, actors, tmp_path) 
         nodes.bare.unlink()
 
 
-@pytest.mark.slow
 def test_shapes_are_made_ready_once_on_each_machine(actors, tmp_path) -> None:
     keys = [ShapeKey(4, side, 64, 64) for side in range(64, 128, 16)]
-    ready = warm_up(actors(2), keys, lambda one: None, lambda text: None)
-    assert sorted(one.key for one in ready) == keys  # both nodes are this machine
+    ready = warm_up(actors(3), keys, lambda one: None, lambda text: None)
+    assert sorted(one.key for one in ready) == sorted(2 * keys)  # by three workers on two
 
 
 @pytest.mark.slow

@@ -1,8 +1,9 @@
 """Python on the nodes of the tests' cluster. Nothing below a directory named `unseen` is there, as on another machine;
-nor is fluxcli, while the file $BARE is there."""
+nor is fluxcli, while the file $BARE is there. Those with a $HOST say that they are on it."""
 
 import errno
 import os
+import socket
 import sys
 from typing import Any
 
@@ -22,5 +23,7 @@ class _Bare:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
+if "HOST" in os.environ:
+    socket.gethostname = lambda: os.environ["HOST"]
 os.open = _blind
 sys.meta_path.insert(0, _Bare)  # type: ignore[arg-type]
