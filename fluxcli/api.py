@@ -4,6 +4,7 @@ command line's; here a model is always named."""
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from fluxcli.engine.engine import Engine
     from fluxcli.models.checkpoints import Checkpoint
     from fluxcli.models.tokenizers import Tokenizers
+    from fluxcli.worker import Processes
 
 Lora = str | os.PathLike[str] | dict[str, Any] | Sequence[str | os.PathLike[str] | dict[str, Any]]
 
@@ -159,6 +161,7 @@ class Job:
     retry_failed: bool = True
     gpus: "Literal['all'] | int | Sequence[int] | None" = None
     workers: int | None = None
+    ray: str | None = None
 
     def run(self, say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
         """Does what is missing, and returns what `fluxcli batch --json` prints.
@@ -173,19 +176,25 @@ class Job:
             FluxcliError: nothing more can be done; what was committed stays.
         """
         from fluxcli import worker
-        from fluxcli.engine.engine import Engine
-        from fluxcli.engine.runtime import device as devices
-        from fluxcli.job import job
 
         _one_of("format", self.format, config.FORMATS)
         _between("quality", self.quality, 100)
         _between("batch_size", self.batch_size, config.MOST_IMAGES)
         if self.workers is not None:
             _between("workers", self.workers, config.MOST_WORKERS)
-        several = worker.processes(_gpus(self.gpus), self.workers, self.device)
+        several = worker.processes(_gpus(self.gpus), self.workers, self.ray, self.device)
+        with closing(several) if several is not None else nullcontext():
+            return self._run(several, say)
+
+    def _run(self, several: "Processes | None", say: Callable[[str], None]) -> dict[str, Any]:
+        from fluxcli.engine.engine import Engine
+        from fluxcli.engine.runtime import device as devices
+        from fluxcli.job import job
+
         device = self.device if several is None else several.device
         machine = (device, self.dtype, self.compile, self.attention, self.quantization, self.step_cache)
-        checkpoint, engine, cache = _settled(self.model, self.revision, self.files, *machine)
+        elsewhere = several is not None and several.elsewhere
+        checkpoint, engine, cache = _settled(self.model, self.revision, self.files, *machine, elsewhere)
         made = job.Job(
             os.fspath(self.input),
             Path(self.output),
@@ -219,6 +228,7 @@ def _settled(
     attention: str,
     quantization: str,
     step_cache: str,
+    elsewhere: bool = False,
 ) -> "tuple[Checkpoint, EngineConfig, StepCache]":
     from fluxcli.engine.runtime import device as devices
     from fluxcli.models import checkpoints
@@ -231,7 +241,7 @@ def _settled(
     _one_of("quantization", quantization, config.QUANTIZATION)
     for part in files or ():
         _one_of("files", part, checkpoints.FILE_PARTS)
-    wanted, engine = parse(step_cache), devices.resolve(device, dtype, compile, attention, quantization)
+    wanted, engine = parse(step_cache), devices.resolve(device, dtype, compile, attention, quantization, elsewhere)
     checkpoint = checkpoints.resolve(os.fspath(model), revision, files)
     return checkpoint, replace(engine, step_cache=wanted.on), settled(wanted, checkpoint)
 

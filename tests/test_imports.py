@@ -117,6 +117,13 @@ def test_only_one_module_reads_weight_files() -> None:
     assert heads == ["fluxcli.models.headers"]
 
 
+def test_only_one_process_of_a_job_imports_ray() -> None:
+    """It takes over what belongs to its process, and unpickles what it hears."""
+    assert [name for name in MODULES if "ray" in outside(name)] == ["fluxcli.job.fleet.cluster.driver"]
+    others = {name for name in MODULES if "fluxcli.job.fleet.cluster.driver" in imports(MODULES[name])}
+    assert not others
+
+
 @pytest.mark.parametrize("line", ["--help", "--version", "batch --help", "gen --help", "warmup --help", "bench --help"])
 def test_help_and_version_import_no_torch(line: str) -> None:
     code = (

@@ -102,10 +102,12 @@ def batch(
     from fluxcli.job.report.forecast import forecast
     from fluxcli.worker import processes as chosen_processes
 
-    several = chosen_processes(processes.gpus, processes.workers, machine.device)
+    several = chosen_processes(processes.gpus, processes.workers, processes.ray, machine.device)
     if several is not None:
+        ctx.call_on_close(several.close)
         machine = replace(machine, device=several.device)
-    checkpoint, engine_config, defaults = settings(machine, rows, strict, step_cache)
+    elsewhere = several is not None and several.elsewhere
+    checkpoint, engine_config, defaults = settings(machine, rows, strict, step_cache, elsewhere)
     job = Job(
         input,
         output or Path("out") / job_name(input),

@@ -97,10 +97,11 @@ class Files:
 
 @dataclass(frozen=True)
 class Processes:
-    """Where a job runs; this process where neither is given."""
+    """Where a job runs; this process where none is given."""
 
     gpus: str | int | list[int] | None
     workers: int | None
+    ray: str | None
 
 
 def _group(name: str, kind: type[Any], *options: Decorator) -> Decorator:
@@ -262,7 +263,14 @@ process_options = _group(
         "--workers",
         type=click.IntRange(1, config.MOST_WORKERS),
         metavar="N",
-        help="On a CPU, run in N worker processes.  [default: in this process]",
+        help="On a CPU, run in N worker processes.  [default: in this process] With --ray, on N of the cluster.  "
+        "[default: one on each of its GPUs]",
+    ),
+    click.option(
+        "--ray",
+        metavar="HOST:PORT|auto|local",
+        help="Run on a Ray cluster: that of this head, the one that this machine is part of, or a new one of this "
+        "machine alone.",
     ),
 )
 batch_size_option = click.option(

@@ -28,14 +28,15 @@ def say(text: str) -> None:
         signals.tell(text)
 
 
-def checkpoint_of(machine: "Machine") -> "Checkpoint":
+def checkpoint_of(machine: "Machine", gpu: bool = False) -> "Checkpoint":
+    """The model. A `gpu` may be another machine's."""
     from fluxcli.models import checkpoints
 
     name = machine.model
     if name is None:
         from fluxcli.engine.runtime import device
 
-        if device.has_gpu():
+        if gpu or device.has_gpu():
             name = checkpoints.HUB_DEFAULT
             say(f"no --model given: using {name}")
         else:
@@ -58,21 +59,24 @@ def batch_sizes(given: int | str, checkpoint: "Checkpoint", engine_config: confi
     """--batch-size as the planner takes it."""
     if isinstance(given, int):
         return given
+    if engine_config.device == "cuda":
+        raise UsageError("--batch-size auto goes by the memory of a GPU here; with --ray give a number")
     from fluxcli.engine.memory import LargestBatch
 
     return LargestBatch(checkpoint, engine_config)
 
 
 def settings(
-    machine: "Machine", rows: "Rows", strict: bool = False, step_cache: str = "off"
+    machine: "Machine", rows: "Rows", strict: bool = False, step_cache: str = "off", elsewhere: bool = False
 ) -> tuple["Checkpoint", config.EngineConfig, config.RowDefaults]:
-    """What the options mean here, every "auto" and default settled. A `strict` one that changes nothing is refused."""
+    """What the options mean here, every "auto" and default settled. A `strict` one that changes nothing is refused;
+    what runs `elsewhere` is not asked for here."""
     from fluxcli.models.step_cache import parse, settled
 
     if rows.negative_prompt and rows.true_cfg_scale <= 1:
         raise UsageError("--negative-prompt needs --true-cfg-scale above 1; without it, it would change nothing")
     wanted = parse(step_cache)  # a mistake is told before a model is downloaded
-    checkpoint = checkpoint_of(machine)
+    checkpoint = checkpoint_of(machine, elsewhere and machine.device != "cpu")
     if rows.guidance is not None and not checkpoint.takes_guidance:
         remark = f"--guidance changes nothing: {checkpoint.name} takes no guidance scale"
         if strict:
@@ -82,16 +86,18 @@ def settings(
     cache = settled(wanted, checkpoint)
     if refusal := cache.refusal(defaults.num_inference_steps):
         raise UsageError(f"{refusal} (--steps sets those of a row that has none of its own)")
-    return checkpoint, engine_settings(machine, cache.on), replace(defaults, step_cache=cache)
+    return checkpoint, engine_settings(machine, cache.on, elsewhere), replace(defaults, step_cache=cache)
 
 
-def engine_settings(machine: "Machine", step_cache: bool = False) -> config.EngineConfig:
+def engine_settings(machine: "Machine", step_cache: bool = False, elsewhere: bool = False) -> config.EngineConfig:
     """Raises DeviceError for what is not there: before anything is read or loaded."""
     from fluxcli.engine.attention import backends
     from fluxcli.engine.runtime import device
 
-    settled = device.resolve(machine.device, machine.dtype, machine.compile, machine.attention, machine.quantization)
-    backends.check(settled.attention, settled.device, device.DTYPES[settled.dtype])
+    asked = (machine.device, machine.dtype, machine.compile, machine.attention, machine.quantization)
+    settled = device.resolve(*asked, elsewhere)
+    if not elsewhere:
+        backends.check(settled.attention, settled.device, device.DTYPES[settled.dtype])
     return replace(settled, step_cache=step_cache)
 
 

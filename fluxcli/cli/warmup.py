@@ -67,7 +67,10 @@ from fluxcli.core import config
 @process_options
 @json_output
 @verbosity
+@click.pass_context
 def warmup(
+    ctx: click.Context,
+    /,
     input: str | None,
     sizes: Sequence[tuple[int, int]],
     export: Path | None,
@@ -98,10 +101,14 @@ def warmup(
         raise click.UsageError("give INPUT or --size, not both")
     if key is not None and export is None and import_ is None:
         raise click.UsageError("--key goes with --export or --import")
-    several = chosen_processes(processes.gpus, processes.workers, machine.device)
+    if processes.ray is not None and (export is not None or import_ is not None):
+        raise click.UsageError("--export and --import are for this machine's cache, and --ray is for those of others")
+    several = chosen_processes(processes.gpus, processes.workers, processes.ray, machine.device)
     if several is not None:
+        ctx.call_on_close(several.close)
         machine = replace(machine, device=several.device)
-    checkpoint, engine_config, defaults = settings(machine, rows, step_cache=step_cache)
+    elsewhere = several is not None and several.elsewhere
+    checkpoint, engine_config, defaults = settings(machine, rows, step_cache=step_cache, elsewhere=elsewhere)
     if export is not None:
         cache_archive.check_export(export)
         if key is None:
@@ -141,7 +148,8 @@ def warmup(
     else:
         shapes = warm_up(several.workers(checkpoint, engine_config), keys, tell, say)
     seconds = time.perf_counter() - start
-    say(f"{len(shapes)} shapes in {seconds:.1f} s with the model's loading; cache: {compile_cache.root()}")
+    cache = None if elsewhere else str(compile_cache.root())
+    say(f"{len(shapes)} shapes in {seconds:.1f} s with the model's loading; cache: {cache or 'that of each machine'}")
     if export is not None:
         size = cache_archive.export(compile_cache.CompileCache(checkpoint, engine_config), export, secret)
         say(f"{export}: {size / 1e6:.1f} MB")
@@ -150,4 +158,4 @@ def warmup(
             {**one.key.told(), "seconds": round(one.seconds, 3), "state": one.state, "attention": one.attention}
             for one in shapes
         ]
-        click.echo(json.dumps({"shapes": data, "seconds": round(seconds, 3), "cache": str(compile_cache.root())}))
+        click.echo(json.dumps({"shapes": data, "seconds": round(seconds, 3), "cache": cache}))

@@ -14,7 +14,7 @@ MOST_IMAGES = 1024  # in a batch
 DTYPES = ("bfloat16", "float16", "float32")
 QUANTIZATION = ("none", "fp8")
 ATTENTION = ("cudnn", "fa4", "fa3", "fa2", "sdpa")
-MOST_WORKERS = 256  # processes of a job on a CPU
+MOST_WORKERS = 256  # processes of a job
 MAX_STEPS = 1000  # denoising steps that a row may ask for
 FORMATS = ("png", "jpg", "webp")
 
@@ -43,10 +43,10 @@ class RowDefaults:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How the engine runs. `device` is "cpu" or "cuda:N"; `dtype` a torch dtype's name; `compile` whether each shape is
-    prepared ahead, as captured graphs on CUDA and by torch.compile on a CPU; `attention` may be "auto", which the
-    engine settles by measuring at warm-up; `quantization` is one of `QUANTIZATION`; `step_cache` whether batches may
-    have masks."""
+    """How the engine runs. `device` is "cpu" or "cuda:N", or "cuda" for a GPU of another machine; `dtype` a torch
+    dtype's name; `compile` whether each shape is prepared ahead, as captured graphs on CUDA and by torch.compile on a
+    CPU; `attention` may be "auto", which the engine settles by measuring at warm-up; `quantization` is one of
+    `QUANTIZATION`; `step_cache` whether batches may have masks."""
 
     device: str
     dtype: str

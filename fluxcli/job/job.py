@@ -14,7 +14,8 @@ from fluxcli.core.config import EngineConfig, ImageFormat, RowDefaults
 from fluxcli.core.errors import InputError, JobError
 from fluxcli.core.files import folds_case
 from fluxcli.core.records import ShapeKey
-from fluxcli.job.fleet.fleet import Destination, Fleet, Workers
+from fluxcli.job.fleet.fleet import Destination, Fleet
+from fluxcli.job.fleet.process import Workers
 from fluxcli.job.input.intake import Intake, Status, take_in
 from fluxcli.job.input.keys import NO_COLUMNS, Columns
 from fluxcli.job.input.read import Format, PromptFile

@@ -1,10 +1,12 @@
 """One job on more and more GPUs, or CPU workers: images/s beside those of one, and what a killed worker costs.
 
     python -m jobs.bench.gpus prompts.jsonl --model random:flux-dev --batch-size 16 --limit 128 --gpus 1,2
+    python -m jobs.bench.gpus prompts.jsonl --model random:flux-dev --batch-size 16 --workers 1,2 --ray local
     python -m jobs.bench.gpus jobs/demo.jsonl --model tiny --workers 1,2
 
 Every count runs once to fill the caches, in a directory that is thrown away, and `--rounds` times by turns. With
-`--kill` the last count runs once more, and loses a worker when half of the images are made.
+`--kill` the last count runs once more, and loses a worker when half of the images are made; on a Ray cluster nothing is
+killed here.
 """
 
 import argparse
@@ -68,12 +70,15 @@ def main() -> None:
     kind = parser.add_mutually_exclusive_group(required=True)
     kind.add_argument("--gpus", help="counts, like 1,2,4")
     kind.add_argument("--workers", help="counts, like 1,2")
+    parser.add_argument("--ray", help="run those workers on this Ray cluster, with a GPU each")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--kill", action="store_true")
     asked = parser.parse_args()
     option, counts = ("--gpus", asked.gpus) if asked.gpus else ("--workers", asked.workers)
     shared = [asked.input, "-m", asked.model, "--batch-size", asked.batch_size, "--limit", asked.limit]
-    shared += [] if asked.gpus else ["--device", "cpu"]
+    if asked.ray and (asked.gpus or asked.kill):
+        parser.error("--ray goes with --workers alone")
+    shared += ["--ray", asked.ray] if asked.ray else [] if asked.gpus else ["--device", "cpu"]
     commands = {count: [*shared, option, count] for count in counts.split(",")}
     for words in commands.values():
         run(words)

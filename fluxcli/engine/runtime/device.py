@@ -32,24 +32,36 @@ def alone(gpu: int) -> dict[str, str]:
 
 
 def resolve(
-    device: str, dtype: str, compile: bool | None, backend: str, quantization: str = "none"
-) -> EngineConfig:  # fmt: skip
+    device: str, dtype: str, compile: bool | None, backend: str, quantization: str = "none", elsewhere: bool = False
+) -> EngineConfig:
     """Settles --device, --dtype and --compile; "auto" and None mean what suits the machine.
+
+    Args:
+        elsewhere: "cuda" is a GPU of another machine, where `check` is to be called.
 
     Raises:
         DeviceError: a GPU that is not there, or one that cannot do what is asked.
     """
     if device == "auto":
         device = "cuda" if has_gpu() else "cpu"
-    if device.startswith("cuda"):
+    if device.startswith("cuda") and not elsewhere:
         device = _gpu(device)
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
     if compile is None:
         compile = device.startswith("cuda")
-    if quantization == "fp8" and device.startswith("cuda"):
-        _check_fp8(device, dtype)
-    return EngineConfig(device, dtype, compile, backend, quantization)
+    settled = EngineConfig(device, dtype, compile, backend, quantization)
+    if not elsewhere:
+        check(settled)
+    return settled
+
+
+def check(engine: EngineConfig) -> None:
+    """Raises DeviceError for what this machine's device cannot do."""
+    if engine.device.startswith("cuda"):
+        _gpu(engine.device)
+        if engine.fp8:
+            _check_fp8(engine.device, engine.dtype)
 
 
 @contextmanager
@@ -65,9 +77,9 @@ def one_thread() -> Iterator[None]:
 
 def machine(engine: EngineConfig) -> dict[str, Any]:
     """Device, dtype, quantization and versions for the records of a run."""
-    cuda = engine.device.startswith("cuda")
+    here = ":" in engine.device  # else a GPU of some other machine, or none
     return {
-        "device": torch.cuda.get_device_name(engine.device) if cuda else "cpu",
+        "device": torch.cuda.get_device_name(engine.device) if here else engine.device,
         "dtype": engine.dtype,
         **({"quantization": engine.quantization} if engine.fp8 else {}),
         "versions": {

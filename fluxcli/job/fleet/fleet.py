@@ -7,8 +7,8 @@ job's own process renames files and appends rows, and only for a worker that hol
 import os
 import selectors
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -16,8 +16,8 @@ from typing import Any
 from fluxcli.core.config import ImageFormat
 from fluxcli.core.errors import FluxcliError
 from fluxcli.core.records import PromptRecord, ShapeKey, WarmUp
-from fluxcli.job.fleet.deadlines import Deadlines, Patience
-from fluxcli.job.fleet.process import Process, how
+from fluxcli.job.fleet.deadlines import Deadlines
+from fluxcli.job.fleet.process import Spawned, Workers, how
 from fluxcli.job.fleet.wire import Garbage
 from fluxcli.job.fleet.worker import LastWords, Worker
 from fluxcli.job.output.store import JobStore
@@ -29,27 +29,6 @@ _WAIT = 0.5  # seconds at most between looks at signals and deadlines
 _FRUITLESS = 3  # starts in a row
 _ENDING = 1.0  # seconds in which a process that closed its line tells how it ended
 _LEAVING = 10.0  # seconds for all to leave in peace
-
-
-@dataclass(frozen=True)
-class Workers:
-    """What the processes of a job are. One of `names` and `environments` each.
-
-    Args:
-        module: what runs in them: it calls `serve`.
-        settings: what that makes an engine of; plain values.
-        environments: what differs there from this process's.
-    """
-
-    module: str
-    settings: Mapping[str, Any]
-    names: Sequence[str]
-    environments: Sequence[Mapping[str, str]]
-    patience: Patience = field(default_factory=Patience)
-
-    def first(self, number: int) -> "Workers":
-        """No more of them than there is work for."""
-        return replace(self, names=self.names[:number], environments=self.environments[:number])
 
 
 @dataclass(frozen=True)
@@ -88,7 +67,7 @@ class Fleet:
         self._lost: list[str] = []  # temporaries of batches that were taken back
         self._told: list[Made | Failed] = []
         self._stopping, self._stopped_at = False, 0.0
-        encoders = max(1, min(ENCODERS, (os.cpu_count() or 1) // len(workers.names)))
+        encoders = workers.encoders or max(1, min(ENCODERS, (os.cpu_count() or 1) // len(workers.names)))
         start = {
             "kind": "start",
             "settings": workers.settings,
@@ -98,8 +77,7 @@ class Fleet:
         place, sink = (destination.place, destination.store.sink) if destination else (None, None)
         shared = (start, place, sink, Deadlines(workers.patience), say, report)
         self._workers = [
-            Worker(number, name, partial(Process, workers.module, number, own), *shared)
-            for number, (name, own) in enumerate(zip(workers.names, workers.environments, strict=True))
+            Worker(number, name, partial(workers.spawn, number), *shared) for number, name in enumerate(workers.names)
         ]
         self._say(f"starting {_counted(len(self._workers))}: {', '.join(workers.names)}")
         try:
@@ -151,12 +129,17 @@ class Fleet:
     def busy(self) -> bool:
         return bool(self._told) or any(worker.leases for worker in self._workers)
 
+    def hosts(self) -> set[str | None]:
+        """Machines that its workers are on; None among them while it is not known of all."""
+        return {worker.host for worker in self._running()}
+
     def describe(self) -> list[dict[str, Any]]:
         now = self._stopped_at or time.monotonic()
         return [
             {
                 "worker": worker.number,
                 "name": worker.name,
+                "host": worker.facts.host,
                 "device": worker.facts.device,
                 "batches": worker.facts.batches,
                 "images": worker.facts.images,
@@ -187,7 +170,8 @@ class Fleet:
         except OSError as error:
             raise FluxcliError(f"{worker.name} cannot be started: {error.strerror}") from error
         self._selector.register(process.wire, selectors.EVENT_READ, partial(self._hear, worker))
-        self._selector.register(process.words, selectors.EVENT_READ, partial(self._listen, process))
+        if process.words is not None:
+            self._selector.register(process.words, selectors.EVENT_READ, partial(self._listen, process))
 
     def _look(self) -> None:
         """Takes in what there is, or comes within a moment, and ends who is silent for too long."""
@@ -210,8 +194,9 @@ class Fleet:
         if events != key.events:
             self._selector.modify(wire, events, key.data)
 
-    def _listen(self, process: Process) -> None:
+    def _listen(self, process: Spawned) -> None:
         if not process.listen():
+            assert process.words is not None
             self._selector.unregister(process.words)
 
     def _hear(self, worker: Worker) -> None:
@@ -271,7 +256,7 @@ class Fleet:
         if process is None:
             return
         for each in (process.wire, process.words):
-            if each in self._selector.get_map():
+            if each is not None and each in self._selector.get_map():
                 self._selector.unregister(each)
         process.end(patience)
         process.close()

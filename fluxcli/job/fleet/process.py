@@ -1,4 +1,4 @@
-"""A worker's process: how it is started, heard and ended."""
+"""A worker's process: how it is started, heard and ended; and which of them a job has."""
 
 import contextlib
 import os
@@ -6,15 +6,55 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 from fluxcli.core.terminal import printable_line
+from fluxcli.job.fleet.deadlines import Patience
 from fluxcli.job.fleet.wire import Wire
 
 _TAIL = 2**12  # bytes of what it printed that are kept
 _PART, _PARTS = 2**16, 16  # bytes at once, and how often before an end; a pipe holds one part
 _LINE = 300  # characters
 _LONGEST = 2**24  # bytes of a message from it
+
+
+class Spawned(Protocol):
+    """A worker's process, here or on another machine. `words` is a descriptor of what it prints, if it is here."""
+
+    @property
+    def wire(self) -> Wire: ...
+    @property
+    def words(self) -> int | None: ...
+    def listen(self) -> bool: ...
+    def end(self, patience: float = 0.0) -> int | None: ...
+    def close(self) -> None: ...
+    def last_words(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Workers:
+    """What the processes of a job are.
+
+    Args:
+        settings: what they make an engine of; plain values.
+        names: one each.
+        spawn: starts the one of a number, given how often that was done before too.
+        encoders: threads of each that encode images; None for its share of this machine.
+        scattered: over several machines.
+    """
+
+    settings: Mapping[str, Any]
+    names: Sequence[str]
+    spawn: Callable[[int, int], Spawned]
+    patience: Patience = field(default_factory=Patience)
+    encoders: int | None = None
+    scattered: bool = False
+
+    def first(self, number: int) -> "Workers":
+        """No more of them than there is work for."""
+        return replace(self, names=self.names[:number])
 
 
 class Process:
@@ -85,6 +125,11 @@ class Process:
                 break
         lines = [line.strip() for line in self._tail.decode(errors="replace").splitlines() if line.strip()]
         return printable_line(lines[-1][:_LINE]) if lines else ""
+
+
+def local(module: str, environments: Sequence[Mapping[str, str]]) -> Callable[[int, int], Process]:
+    """Starts processes of this machine, each in its environment; `module` calls `serve`."""
+    return lambda number, before: Process(module, number, environments[number])
 
 
 def how(status: int | None) -> str:

@@ -1,5 +1,7 @@
-"""Messages between a job and a process it started: JSON objects, each with its length before it, over a socket pair."""
+"""Messages between a job and a process that it started: JSON objects, each with its length before it, over a socket
+pair."""
 
+import contextlib
 import json
 import socket
 import struct
@@ -71,16 +73,26 @@ class Wire:
             end = start + _HEAD.size + length
             if len(self._in) < end:
                 break
-            messages.append(_message(bytes(self._in[start + _HEAD.size : end])))
+            messages.append(message_of(bytes(self._in[start + _HEAD.size : end])))
             start = end
         del self._in[:start]
         return messages
+
+    def hang_up(self) -> None:
+        """Says that nothing more will be sent."""
+        with contextlib.suppress(OSError):
+            self._end.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
         self._end.close()
 
 
-def _message(data: bytes) -> Message:
+def message_of(data: bytes) -> Message:
+    """A message from its JSON.
+
+    Raises:
+        Garbage: it is none.
+    """
     try:
         message = json.loads(data)
     except (ValueError, RecursionError) as error:

@@ -15,7 +15,7 @@ from fluxcli.core.records import Adapter, Adapters, Batch, Failure, PromptRecord
 from fluxcli.core.terminal import printable_line
 from fluxcli.job.fleet import wire
 from fluxcli.job.fleet.deadlines import Deadlines
-from fluxcli.job.fleet.process import Process
+from fluxcli.job.fleet.process import Spawned
 from fluxcli.job.fleet.wire import Garbage, Message
 from fluxcli.job.output.sink import FileSink, Written
 from fluxcli.job.run.lanes import Failed, Made
@@ -40,6 +40,7 @@ class Lease:
 class Facts:
     """What one worker did in a run, over all its processes."""
 
+    host: str | None = None
     device: str | None = None
     batches: int = 0
     images: int = 0
@@ -63,6 +64,7 @@ class Worker:
     """A lane in another process.
 
     Args:
+        spawn: starts a process; told how many were before.
         start: what a process is told first.
         place: where an image is to go, asked when its batch is handed out; None, as `sink`, where none is made.
     """
@@ -71,7 +73,7 @@ class Worker:
         self,
         number: int,
         name: str,
-        spawn: Callable[[], Process],
+        spawn: Callable[[int], Spawned],
         start: Message,
         place: Callable[[PromptRecord], str] | None,
         sink: FileSink | None,
@@ -82,7 +84,7 @@ class Worker:
         self.number, self.name, self.facts = number, name, Facts()
         self._spawn, self._start, self._place, self._sink = spawn, start, place, sink
         self._deadlines, self._say, self._report = deadlines, say, report
-        self.process: Process | None = None
+        self.process: Spawned | None = None
         self.leases: dict[int, Lease] = {}
         self.begun = self.first_begun = 0.0  # when it was ready: this process, and the first
         self._limits: dict[ShapeKey, int] = {}
@@ -92,9 +94,9 @@ class Worker:
         self._stopping = False
         self._heard = 0.0
 
-    def start(self) -> Process:
+    def start(self) -> Spawned:
         """Starts a process. It is given nothing that did not fit the last one's memory."""
-        process = self.process = self._spawn()
+        process = self.process = self._spawn(self.facts.starts)
         self.facts.starts += 1
         self.begun = 0.0
         self._shapes.clear()
@@ -121,6 +123,11 @@ class Worker:
     @property
     def idle(self) -> bool:
         return not self.leases
+
+    @property
+    def host(self) -> str | None:
+        """Where it is; None while that is not known."""
+        return self.facts.host if self.begun else None
 
     def ready(self, key: ShapeKey) -> bool:
         return key in self._shapes
@@ -227,7 +234,7 @@ class Worker:
                 f"{self.name} runs fluxcli {version}, this job {__version__}: it was installed anew meanwhile. "
                 "Nothing committed is lost; run again to go on"
             )
-        self.facts.device = wire.text(message["device"])
+        self.facts.host, self.facts.device = wire.text(message["host"]), wire.text(message["device"])
         self.begun = time.monotonic()
         self.first_begun = self.first_begun or self.begun
         self._deadlines.started(self.begun - self._started)

@@ -7,6 +7,7 @@ most        rows that fit in memory
 start       what goes wrong before that
 seconds     that a batch takes
 pids, log   files to note every process in, and every shape that is made ready
+visible     a file to note its GPUs in
 """
 
 import contextlib
@@ -23,6 +24,7 @@ import numpy as np
 
 from fluxcli.core.errors import DeviceError, ModelError, OutOfMemory
 from fluxcli.core.records import Batch, Images, ShapeKey, Timing
+from fluxcli.job.fleet.cluster.actor import Mailbox
 from fluxcli.job.fleet.serve import serve
 from fluxcli.job.output.sink import FileSink, Written
 from tests.job.harness import Flight, SeedEngine
@@ -42,6 +44,9 @@ class Engine(SeedEngine):
         if pids := settings.get("pids"):
             with open(pids, "a") as file:
                 file.write(f"{os.getpid()}\n")
+        if visible := settings.get("visible"):
+            with open(visible, "a") as file:
+                file.write(f"{os.environ['CUDA_VISIBLE_DEVICES']}\n")
         self._once = Path(settings["once"]) if "once" in settings else None
 
     def warm_up(self, keys: Any, report: Any = lambda one: None) -> Any:
@@ -105,6 +110,11 @@ def boast() -> None:
     os.write(int(sys.argv[2]), _framed(b'{"kind":"done","lease":999,"timing":[0,0,0],"saved":[]}'))
 
 
+def mumble() -> None:
+    """To Ray."""
+    Mailbox.send = lambda self, message: self._outbox.put(("hello", []))  # type: ignore[method-assign]
+
+
 def _framed(data: bytes) -> bytes:
     return len(data).to_bytes(4, "big") + data
 
@@ -144,7 +154,7 @@ def fill() -> None:
 
 
 MISBEHAVIOUR: dict[str, Callable[[], None]] = {
-    each.__name__: each for each in (die, fail, freeze, babble, boast, haunt, lie, fill)
+    each.__name__: each for each in (die, fail, freeze, babble, boast, mumble, haunt, lie, fill)
 }
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxcli.job.fleet.deadlines import Patience
-from fluxcli.job.fleet.fleet import Workers
+from fluxcli.job.fleet.process import Workers, local
 from fluxcli.job.report.verify import verify
 from tests.job import harness
 
@@ -17,7 +17,7 @@ from tests.job import harness
 def fleet(count: int, patience: Patience | None = None, **settings: Any) -> Workers:
     names = [f"worker {number}" for number in range(count)]
     more = {} if patience is None else {"patience": patience}
-    return Workers("tests.job.fleet.drawing", settings, names, [{}] * count, **more)
+    return Workers(settings, names, local("tests.job.fleet.drawing", [{}] * count), **more)
 
 
 def run(rows: Path, directory: Path, workers: Workers, **options: Any) -> int:

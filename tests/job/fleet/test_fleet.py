@@ -42,7 +42,9 @@ def test_several_workers_make_what_one_process_makes(tmp_path: Path) -> None:
     assert [worker["worker"] for worker in run["workers"]] == [0, 1, 2]
     assert sum(worker["batches"] for worker in run["workers"]) == 10
     assert {(worker["starts"], worker["deaths"]) for worker in run["workers"]} == {(1, 0)}
-    assert {worker["device"] for worker in run["workers"] if worker["images"]} == {"seed"}
+    assert {(worker["device"], worker["host"]) for worker in run["workers"] if worker["images"]} == {
+        ("seed", os.uname().nodename)
+    }
     assert all("worker" not in row for row in harness.manifest(tmp_path / "one"))
     assert "workers" not in read_rows(tmp_path / "one" / "runs.jsonl")[0]
 

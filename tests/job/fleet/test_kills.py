@@ -4,10 +4,12 @@ import os
 import random
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from fluxcli.job.fleet.process import Workers
 from tests.conftest import read_rows
 from tests.job import harness
 from tests.job.fleet import fleets
@@ -24,13 +26,22 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
 
 
 def killed(
-    rows: Path, directory: Path, pids: Path, moments: random.Random, job_too: float, seconds: float = 0.03
+    rows: Path,
+    directory: Path,
+    pids: Path,
+    moments: random.Random,
+    job_too: float,
+    seconds: float = 0.03,
+    make: Callable[..., Workers] = fleets.fleet,
 ) -> tuple[int | None, int]:
     """Runs the job, killing workers, and with probability `job_too` the job itself; its exit code, or None where it was
     killed, and how many workers were."""
     pids.write_text("")
-    workers = fleets.fleet(WORKERS, pids=str(pids), seconds=seconds)
-    child = fleets.started(lambda: os._exit(fleets.run(rows, directory, workers)), seconds=120)
+
+    def work() -> None:
+        os._exit(fleets.run(rows, directory, make(WORKERS, pids=str(pids), seconds=seconds)))
+
+    child = fleets.started(work, seconds=120)
     kills = 0
     while True:
         time.sleep(moments.uniform(0, 0.2))

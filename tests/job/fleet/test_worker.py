@@ -13,7 +13,7 @@ from fluxcli import __version__
 from fluxcli.core.errors import FluxcliError
 from fluxcli.core.records import Batch, PromptRecord, ShapeKey
 from fluxcli.job.fleet.deadlines import Deadlines, Patience
-from fluxcli.job.fleet.process import Process
+from fluxcli.job.fleet.process import Spawned
 from fluxcli.job.fleet.wire import Garbage, Wire
 from fluxcli.job.fleet.worker import LastWords, Worker
 from fluxcli.job.output.sink import FileSink
@@ -21,7 +21,7 @@ from fluxcli.job.run.lanes import Failed, Made
 
 KEY = ShapeKey(2, 64, 64, 64)
 RECORDS = [PromptRecord(f"p{n}", "a", 2**64 - 1, 64, 64, 2, 3.5, n, {"mine": n}, 3, 64) for n in range(2)]
-READY = {"kind": "ready", "version": __version__, "device": "seed"}
+READY = {"kind": "ready", "version": __version__, "device": "seed", "host": "here"}
 
 
 class Line:
@@ -36,7 +36,7 @@ class Line:
 def worker(tmp_path: Path) -> Worker:
     (tmp_path / "images").mkdir()
     made = Worker(
-        *(0, "worker 0", cast(Any, Line), {"kind": "start"}, lambda record: f"images/{record.id}.png"),
+        *(0, "worker 0", lambda before: cast(Any, Line()), {"kind": "start"}, lambda record: f"images/{record.id}.png"),
         *(FileSink(tmp_path, ".png"), Deadlines(Patience()), lambda text: None, lambda one: None),
     )
     made.start()
@@ -46,7 +46,7 @@ def worker(tmp_path: Path) -> Worker:
 
 
 def line(worker: Worker) -> Wire:
-    process: Process | None = worker.process
+    process: Spawned | None = worker.process
     return cast(Any, process).other
 
 
