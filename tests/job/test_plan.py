@@ -145,5 +145,5 @@ def test_each_group_may_have_its_own_batch_size() -> None:
 
 def test_adapters_are_told_apart_by_their_bytes_and_scales_not_by_their_paths() -> None:
     same, halved = Adapter("elsewhere/one", ONE.sha256, 1.0), Adapter("one", ONE.sha256, 0.5)
-    groups = [Group(64, 64, 64, 4, (each,)) for each in (ONE, halved, same)]
+    groups = [Group(64, 64, 64, 4, adapters=(each,)) for each in (ONE, halved, same)]
     assert [[*batch.rows] for batch in plan(groups, 8)] == [[0, 2], [1]]

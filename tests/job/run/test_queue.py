@@ -83,7 +83,9 @@ def test_what_comes_back_in_halves_is_made_next() -> None:
 
 def test_lanes_share_out_the_sets_of_adapters_and_each_goes_on_with_its_own() -> None:
     sets: list[Adapters] = [(), *((Adapter(str(n), str(n), 1.0),) for n in range(3))]
-    groups = [Group(64, 64, length, 2, adapters) for adapters in sets for length in (64, 128) for _ in range(40)]
+    groups = [
+        Group(64, 64, length, 2, adapters=adapters) for adapters in sets for length in (64, 128) for _ in range(40)
+    ]
     queue, lanes = ByShape(plan(groups, 4)), [Lane(), Lane()]
     taken: list[list[tuple[Adapters, ShapeKey]]] = [[], []]
     turn = 0
@@ -101,7 +103,7 @@ def test_lanes_share_out_the_sets_of_adapters_and_each_goes_on_with_its_own() ->
 
 def test_lanes_at_one_shape_take_sets_that_no_other_has_had() -> None:
     sets: list[Adapters] = [(Adapter(str(n), str(n), 1.0),) for n in range(3)]
-    queue = ByShape(plan([Group(64, 64, 64, 2, adapters) for adapters in sets for _ in range(12)], 4))
+    queue = ByShape(plan([Group(64, 64, 64, 2, adapters=adapters) for adapters in sets for _ in range(12)], 4))
     lanes = [Lane() for _ in range(3)]
     rounds = []
     for _ in range(3):
@@ -109,7 +111,7 @@ def test_lanes_at_one_shape_take_sets_that_no_other_has_had() -> None:
             lane.take(queue)
         rounds.append([lane.adapters for lane in lanes])
     assert rounds == [sets] * 3 and not len(queue)
-    halves = ByShape(plan([Group(64, 64, 64, 2, sets[0])] * 8, 4))
+    halves = ByShape(plan([Group(64, 64, 64, 2, adapters=sets[0])] * 8, 4))
     for lane in lanes[1:]:
         lane.take(halves)
     assert [lane.adapters for lane in lanes[1:]] == [sets[0]] * 2, "a lane without a set of its own helps"
