@@ -168,6 +168,8 @@ class Job:
         device = self.device if several is None else several.device
         machine = (device, self.dtype, self.compile, self.attention, self.quantization, self.step_cache)
         checkpoint, engine, cache = _settled(self.model, self.revision, *machine)
+        if "://" in os.fspath(self.output):
+            raise UsageError(f"output {self.output} is an address; fluxcli writes files of this machine only")
         made = job.Job(
             os.fspath(self.input),
             Path(self.output),

@@ -6,7 +6,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-DEMO = Path(__file__).with_name("demo.jsonl").resolve()
+DEMO = "demo"  # the rows that come with fluxcli
 
 
 def main(installed: Path) -> None:

@@ -7,12 +7,12 @@ from typing import Any
 
 import click
 
+from fluxcli.cli.help import Command, ending
 from fluxcli.cli.options import (
     Files,
     Machine,
     Rows,
     batch_size_option,
-    example,
     format_options,
     json_output,
     machine_options,
@@ -22,11 +22,12 @@ from fluxcli.cli.options import (
     verbosity,
 )
 from fluxcli.cli.settings import batch_sizes, load_engine, say, settings
+from fluxcli.cli.types import Local, Whole
 from fluxcli.core import config
 from fluxcli.job.run import signals
 
 
-class _Prompted(click.Command):
+class _Prompted(Command):
     """Says what to do about a prompt that looks like an option."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -51,12 +52,26 @@ def _text(ctx: click.Context, param: click.Parameter, prompt: str) -> str:
     return prompt
 
 
-@click.command(cls=_Prompted, epilog=example('fluxcli gen "a green star on a white background" -n 4 -o stars'))
+@click.command(
+    cls=_Prompted,
+    epilog=ending(
+        'fluxcli gen "a green star on a white background"',
+        'fluxcli gen "a red circle above a blue square" -n 4 --seed 7 -o shapes',
+        'fluxcli gen "a fox in the snow" -m black-forest-labs/FLUX.1-dev -o fox.webp',
+        exits={
+            0: "every image is written",
+            1: "none could be made; the message says what to do",
+            2: "wrong usage",
+            3: "some could not be made",
+            "130, 143": "stopped by Ctrl-C or SIGTERM",
+        },
+    ),
+)
 @click.argument("prompt", callback=_text)
 @click.option(
     "-n",
     "--num-images",
-    type=click.IntRange(1, 10_000),
+    type=Whole(1, 10_000),
     metavar="N",
     default=1,
     show_default=True,
@@ -65,7 +80,7 @@ def _text(ctx: click.Context, param: click.Parameter, prompt: str) -> str:
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path),
+    type=Local(path_type=Path),
     default=Path(),
     help="Directory, or one file's name: its suffix is the format.",
 )

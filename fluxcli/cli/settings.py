@@ -1,5 +1,6 @@
 """What the options mean on this machine: the model, the engine and its settings, every "auto" and default settled."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -19,8 +20,29 @@ if TYPE_CHECKING:
     from fluxcli.models.checkpoints import Checkpoint
 
 
+class _Voice:
+    quiet = False  # -q: errors alone are told
+
+
+def be_quiet(quiet: bool = True) -> None:
+    """From here on only errors are told, by libraries too."""
+    _Voice.quiet = quiet
+    if quiet:
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+
+def is_quiet() -> bool:
+    return _Voice.quiet
+
+
 def say(text: str) -> None:
     """Everything for people goes to stderr, as a terminal can safely show it; stdout carries results."""
+    if not _Voice.quiet:
+        complain(text)
+
+
+def complain(text: str) -> None:
+    """As `say`, of errors: whatever -q."""
     text = printable(text)
     try:
         click.echo(text, err=True)

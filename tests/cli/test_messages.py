@@ -68,6 +68,11 @@ CASES: dict[str, tuple[tuple[Any, ...], int, tuple[str, ...]]] = {
         ("random:flux-pro", "random:flux-dev"),
     ),
     "a revision of what has none": (("gen", "a", *TINY, "--revision", "main"), 1, ("--revision",)),
+    "an output on a store": (("batch", "in.jsonl", "-o", "s3://bucket/out", *TINY), 2, ("s3://bucket/out", "-o")),
+    "a picture on a store": (("gen", "a", "-o", "gs://bucket/a.png", *TINY), 2, ("gs://bucket/a.png",)),
+    "an input on a store": (("batch", "s3://bucket/in.jsonl", *TINY), 2, ("s3://bucket/in.jsonl", "INPUT")),
+    "settings on a store": (("batch", "in.jsonl", "--config", "https://a/b.toml"), 2, ("https://a/b.toml",)),
+    "a job on a store": (("verify", "s3://bucket/out"), 2, ("s3://bucket/out",)),
     "an output below a file": (("batch", "in.jsonl", "-o", "in.jsonl/out", *SMALL), 1, ("in.jsonl",)),
 }
 
