@@ -28,7 +28,7 @@ from fluxcli.cli.options import (
     text_lengths_option,
     verbosity,
 )
-from fluxcli.cli.settings import batch_sizes, load_engine, say, settings
+from fluxcli.cli.settings import batch_sizes, is_quiet, load_engine, say, settings
 from fluxcli.cli.types import Local, Whole
 from fluxcli.core import config
 
@@ -167,6 +167,6 @@ def batch(
 
     own = partial(load_engine, checkpoint, engine_config)
     engines = own if several is None else several.workers(checkpoint, engine_config)
-    status, totals = job.run(engines, device.machine(engine_config), say, tell)
+    status, totals = job.run(engines, device.machine(engine_config), say, tell, is_quiet())
     tell(status, totals)
     ctx.exit(status)

@@ -25,6 +25,7 @@ class Runner:
         self._saver, self._progress = saver, progress
         self._index = 0
         self._submitted: dict[int, Work] = {}  # by batch index
+        self._since = 0.0  # when the last one began, or another's end let it begin
 
     def prepare(self, open_lanes: Callable[[], Lanes]) -> Lanes:
         """Lanes that are ready to begin."""
@@ -43,7 +44,7 @@ class Runner:
         start = time.perf_counter()
         self._progress.start()
         try:
-            with self._saver:
+            with self._saver, signals.in_flight(self._stopping):
                 self._drive(lanes)
         finally:
             self._run.totals.seconds = time.perf_counter() - start
@@ -73,13 +74,22 @@ class Runner:
         steps = planned.num_inference_steps
         mask = self._intake.defaults.step_cache.mask(steps)
         batch = Batch(self._index, planned.key, steps, self._intake.records(planned.rows), mask)
+        if not self._submitted:
+            self._since = time.perf_counter()
         self._submitted[self._index] = work
         self._index += 1
         lane.submit(batch, alone=work.suspect)
         return True
 
+    def _stopping(self) -> str:
+        """Called by a signal, between any two instructions of `_drive`."""
+        rows = [row for work in self._submitted.values() for row in work.planned.rows]
+        cost = sum(self._saver.work(self._intake.groups[row]) for row in rows)
+        return self._progress.stopping(len(self._submitted), cost, time.perf_counter() - self._since)
+
     def _settle(self, lanes: Lanes) -> None:
         for each in lanes.wait():
+            self._since = time.perf_counter()
             work = self._submitted.pop(each.batch.index)
             if isinstance(each, Made):
                 self._saver.add(each)

@@ -38,7 +38,7 @@ class Saver:
         max_failures: int | None = None,
         work: Callable[[Group], float] = lambda group: 1.0,
     ) -> None:
-        self._run, self._progress, self._max_failures, self._work = run, progress, max_failures, work
+        self._run, self._progress, self._max_failures, self.work = run, progress, max_failures, work
         self._placed = 0
         self._commits: deque[Future[None]] = deque()
         self._failing = threading.Lock()
@@ -103,7 +103,7 @@ class Saver:
             self._run.totals.truncated += made.batch.records[slot].truncated
         self._run.store.commit(written, rows)
         self._run.totals.images += len(rows)
-        self._progress.advance(len(rows), work=len(rows) * self._work(made.batch.records[0].group))
+        self._progress.advance(len(rows), work=len(rows) * self.work(made.batch.records[0].group))
         self.fail(failures)
 
     def _row(self, batch: Batch, slot: int, saved: Saved, timing: Timing, worker: int | None) -> ManifestRow:
