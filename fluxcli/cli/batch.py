@@ -28,7 +28,8 @@ from fluxcli.cli.options import (
     text_lengths_option,
     verbosity,
 )
-from fluxcli.cli.settings import batch_sizes, is_quiet, load_engine, say, settings
+from fluxcli.cli.settings import batch_sizes, load_engine, say, settings
+from fluxcli.cli.streams import is_quiet
 from fluxcli.cli.types import Local, Whole
 from fluxcli.core import config
 
@@ -153,7 +154,7 @@ def batch(
         if as_json:
             click.echo(json_text({"directory": str(job.directory), **data}))
         else:
-            lines = (*report.remark_lines(intake.tally), *report.failure_lines(intake.failures))
+            lines = (*report.remark_lines(intake.tally), *intake.remarks, *report.failure_lines(intake.failures))
             say("\n".join([report.plan_table(data), *lines]))
         ctx.exit(3 if intake.failures or intake.skipped else 0)
 

@@ -113,6 +113,7 @@ def gen(
     from fluxcli.job.output.committed import record_settings
     from fluxcli.job.output.images import comment_truncated
     from fluxcli.job.plan import size_of
+    from fluxcli.models.scope import Scope
     from fluxcli.models.tokenizers import Tokenizers
 
     checkpoint, engine_config, defaults = settings(machine, rows, step_cache=step_cache)
@@ -123,6 +124,10 @@ def gen(
     tokens, text_length = records[0].text_tokens, records[0].text_length
     if records[0].truncated:
         say(f"the prompt has {tokens} tokens and is cut to {text_length}")
+    scope = Scope(checkpoint)
+    scope.look_at([prompt])
+    for line in scope.lines([records[0].group]):
+        say(line)
     size = size_of(batch_sizes(batch_size, checkpoint, engine_config), records[0].group)
     made: list[dict[str, Any]] = []
     failed: list[dict[str, Any]] = []

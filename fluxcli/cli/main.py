@@ -17,7 +17,7 @@ from fluxcli.cli.compare import compare
 from fluxcli.cli.gen import gen
 from fluxcli.cli.help import ending
 from fluxcli.cli.options import verbosity
-from fluxcli.cli.settings import be_quiet, complain, say
+from fluxcli.cli.settings import complain, say
 from fluxcli.cli.streams import Unwritable
 from fluxcli.cli.verify import verify
 from fluxcli.cli.warmup import warmup
@@ -29,7 +29,7 @@ class _Cli(click.Group):
     """Turns every error into a line or two on stderr and an exit code; -v shows the traceback too."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        be_quiet(False)
+        streams.be_quiet(False)
         try:
             code = super().main(*args, **{**kwargs, "standalone_mode": False})
         except click.exceptions.NoArgsIsHelpError as error:

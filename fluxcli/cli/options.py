@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fluxcli.cli.settings import be_quiet
+from fluxcli.cli.streams import be_quiet
 from fluxcli.cli.types import BatchSize, Device, Finite, Gpus, InputFile, Local, Model, Numbers, Side, Whole
 from fluxcli.core import config
 

@@ -1,12 +1,12 @@
 """What the options mean on this machine: the model, the engine and its settings, every "auto" and default settled."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
 
+from fluxcli.cli import streams
 from fluxcli.core import config
 from fluxcli.core.errors import UsageError
 from fluxcli.core.terminal import printable
@@ -20,24 +20,9 @@ if TYPE_CHECKING:
     from fluxcli.models.checkpoints import Checkpoint
 
 
-class _Voice:
-    quiet = False  # -q: errors alone are told
-
-
-def be_quiet(quiet: bool = True) -> None:
-    """From here on only errors are told, by libraries too."""
-    _Voice.quiet = quiet
-    if quiet:
-        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-
-
-def is_quiet() -> bool:
-    return _Voice.quiet
-
-
 def say(text: str) -> None:
     """Everything for people goes to stderr, as a terminal can safely show it; stdout carries results."""
-    if not _Voice.quiet:
+    if not streams.is_quiet():
         complain(text)
 
 
@@ -61,7 +46,10 @@ def checkpoint_of(name: str | None, revision: str | None) -> "Checkpoint":
             say(f"no --model given: using {name}")
         else:
             name = "tiny"
-            say("no --model given and no CUDA GPU here: using the built-in tiny model")
+            say(
+                "no --model given and no CUDA GPU here: using the built-in tiny model, which draws only plain shapes, "
+                'for example "a red circle above a blue square"'
+            )
     return checkpoints.resolve(name, revision)
 
 

@@ -1,5 +1,5 @@
-"""Text from elsewhere made safe for a terminal: a prompt, a file's or a column's name may hold codes that move the
-cursor, change the title or turn the line around."""
+"""Text for people. What is from elsewhere is made safe for a terminal: a prompt, a file's or a column's name may hold
+codes that move the cursor, change the title or turn the line around."""
 
 import re
 
@@ -16,6 +16,11 @@ def printable(text: str) -> str:
 def printable_line(text: str) -> str:
     """As `printable`, and line ends and tabs too: for text of a user's within a line of ours."""
     return printable(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
+def counted(number: int, one: str, many: str = "") -> str:
+    """ "1 image", "2 images"; `many` where no s makes it."""
+    return f"{number} {one if number == 1 else many or f'{one}s'}"
 
 
 def _escaped(match: re.Match[str]) -> str:

@@ -34,6 +34,7 @@ from fluxcli.job.run.signals import Stopped
 from fluxcli.job.run.totals import Run, Totals
 from fluxcli.job.run.writing import Writer
 from fluxcli.models.checkpoints import Checkpoint
+from fluxcli.models.scope import Scope
 from fluxcli.models.tokenizers import Tokenizers
 
 
@@ -167,7 +168,7 @@ class Job:
                             intake = self._accepted(source, store.status, store.failed_before, say)
                         totals = run.totals
                         totals.rows, totals.done_before, totals.skipped = intake.rows, intake.done, intake.skipped
-                        for line in (*report.remark_lines(intake.tally), *report.failure_lines(intake.failures)):
+                        for line in (*report.remarks(intake), *report.failure_lines(intake.failures)):
                             say(line)
                         self._make(run, intake, engines, quiet)
                         status = 3 if totals.failures or totals.skipped else 0
@@ -244,9 +245,12 @@ class Job:
         return intake
 
     def _take_in(self, source: PromptFile, status: Status, say: Callable[[str], None]) -> Intake:
-        count = Tokenizers(self.checkpoint.tokenizers).count
+        scope = Scope(self.checkpoint)
+        count = scope.watching(Tokenizers(self.checkpoint.tokenizers).count)
         settings = (source, self.defaults, self.text_lengths, count, status, self.limit)
-        return take_in(*settings, partial(read_prompts, self.directory), folds_case(self.directory), Reading(say))
+        intake = take_in(*settings, partial(read_prompts, self.directory), folds_case(self.directory), Reading(say))
+        intake.remarks += scope.lines(intake.groups)
+        return intake
 
 
 def _known_fingerprint(directory: Path) -> str | None:

@@ -9,6 +9,7 @@ from types import TracebackType
 
 from fluxcli.core.errors import FluxcliError
 from fluxcli.core.records import Batch, Failure, Group, PromptRecord, Timing
+from fluxcli.core.terminal import counted
 from fluxcli.job.output.rows import ManifestRow
 from fluxcli.job.run.lanes import Made
 from fluxcli.job.run.progress import Progress
@@ -86,7 +87,7 @@ class Saver:
         if self._max_failures is not None and totals.failures > self._max_failures:
             first = failures[0]
             raise TooManyFailures(
-                f"{totals.failures} rows failed, more than --max-failures {self._max_failures} "
+                f"{counted(totals.failures, 'row')} failed, more than --max-failures {self._max_failures} "
                 f"(line {first.line}: {first.message}); see failures.jsonl in {store.directory}"
             )
 
