@@ -25,6 +25,7 @@ def main(installed: Path) -> None:
         assert (used.parent / "py.typed").is_file(), "the wheel says nothing of its types"
         run("-m", "fluxcli", "batch", DEMO, "--model", "tiny", "--device", "cpu", "-o", "out")
         run("-m", "fluxcli", "verify", "out")
+        assert (installed / "share" / "man" / "man1" / "fluxcli.1").is_file(), "the wheel has no manual page"
         made = len(list(Path(directory, "out", "images").iterdir()))
     print(f"{made} images by {installed.name}'s own fluxcli, outside the clone")
 

@@ -25,11 +25,16 @@ _HEADING_OF = {name: heading for heading, names in HEADINGS.items() for name in 
 class Command(click.Command):
     """A command whose options stand under `HEADINGS`."""
 
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    def records(self, ctx: click.Context) -> dict[str, list[tuple[str, str]]]:
+        """By heading, each option as it is written and what it does."""
         found: dict[str, list[tuple[str, str]]] = {heading: [] for heading in (*HEADINGS, OTHER)}
         for option in self.get_params(ctx):
             if isinstance(option, click.Option) and (record := option.get_help_record(ctx)) is not None:
                 found[_HEADING_OF.get(str(option.name), OTHER)].append(record)
+        return found
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        found = self.records(ctx)
         wide = min(_NAMES, max(len(name) for records in found.values() for name, _ in records))
         for heading, records in found.items():
             if records:

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DIRECTORY = ROOT / "fluxcli" / "models" / "tiny"
 SIZE = 128  # pixels; 8x8 image tokens
 STEPS = 10
-STEPS_TRIED = [4, 28]  # and those between are as right: the step cache's tables in README.md
+STEPS_TRIED = [4, 28]  # and those between are as right: the step cache's tables in docs/figures.md
 TEXT_WIDTH = 128  # T5's width, the transformer's joint_attention_dim
 POOLED_WIDTH = 96  # CLIP's width, the transformer's pooled_projection_dim
 

@@ -3,6 +3,8 @@
 import os
 import runpy
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -121,6 +123,13 @@ def test_names_of_settings_are_taken_in_any_case(inside, tmp_path: Path) -> None
     for words in (("--batch-size", "AUTO"), ("--config", "job.toml"), ("--input-format", "JSONL")):
         done = inside("batch", "in.jsonl", *options, *words, "--dry-run", "--json")
         assert done.returncode == 0, done.stderr
+
+
+def test_windows_is_told_in_a_line_where_fluxcli_runs() -> None:
+    code = "import sys\nfrom fluxcli.__main__ import main\nsys.platform = 'win32'\nmain()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "Error: fluxcli runs on Linux, macOS and WSL: on Windows install it inside WSL\n"
 
 
 def test_all_gpus_may_be_said_in_any_case() -> None:

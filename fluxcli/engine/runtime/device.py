@@ -14,7 +14,7 @@ from fluxcli.core import config
 from fluxcli.core.config import EngineConfig
 from fluxcli.core.errors import DeviceError, Remark
 
-TORCH = ((2, 11), (2, 14))  # the first and the last release that the tests have passed with
+TORCH = ((2, 11), (2, 14))  # the first and the last release that the tests were run with
 _FP8 = (8, 9)  # the first compute capability that multiplies 8-bit floats
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in config.DTYPES}
@@ -89,7 +89,7 @@ def _check_torch() -> None:
     if not first <= release <= last:
         tested = " to ".join(".".join(map(str, each)) for each in TORCH)
         warnings.warn(
-            f"torch {torch.__version__} is not among the releases that fluxcli was tested with ({tested})",
+            f"fluxcli is for torch {tested}, and {torch.__version__} is installed: what fails may fail for that",
             Remark,
             stacklevel=1,
         )
