@@ -1,6 +1,5 @@
 """`fluxcli gen`."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -108,6 +107,7 @@ def gen(
     as_json: bool,
 ) -> None:
     """Make images of one PROMPT and print their paths."""
+    from fluxcli.core.files import json_text
     from fluxcli.core.records import Failure
     from fluxcli.job import single
     from fluxcli.job.output.committed import record_settings
@@ -135,7 +135,7 @@ def gen(
     def tell() -> None:
         if as_json:
             failures = {"failures": failed} if failed else {}
-            click.echo(json.dumps({"model": checkpoint.name, "images": made, **failures}, ensure_ascii=False))
+            click.echo(json_text({"model": checkpoint.name, "images": made, **failures}))
 
     def leave(stopped: signals.Stopped) -> None:
         say(f"{stopped}; {len(made)} of {len(records)} images are written")

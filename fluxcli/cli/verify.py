@@ -1,7 +1,6 @@
 """`fluxcli verify`."""
 
 import contextlib
-import json
 from pathlib import Path
 
 import click
@@ -29,6 +28,7 @@ from fluxcli.cli.types import Local
 @click.pass_context
 def verify(ctx: click.Context, /, directory: Path, repair: bool, yes: bool, as_json: bool) -> None:
     """Re-check a job: decode, hash and count every image."""
+    from fluxcli.core.files import json_text
     from fluxcli.job.report.repair import alone
     from fluxcli.job.report.repair import repair as mend
     from fluxcli.job.report.verify import verify as look
@@ -37,7 +37,7 @@ def verify(ctx: click.Context, /, directory: Path, repair: bool, yes: bool, as_j
         verdict = look(directory)
         say(verdict.as_lines())
         if as_json:
-            click.echo(json.dumps(verdict.as_data(), ensure_ascii=False))
+            click.echo(json_text(verdict.as_data()))
         if repair and verdict.problems and (yes or click.confirm("Remove all of these?", err=True)):
             for line in mend(verdict):
                 say(f"left: {line}")

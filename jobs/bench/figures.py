@@ -1,6 +1,6 @@
-"""Writes the tables of docs/figures.md from the recorded results, `jobs/bench/results/bench-*.json` (of `fluxcli bench`)
-and `step-cache-*.json` (of `jobs/bench/step_cache.py`), each between two comments of it. A test says whether it is up
-to date.
+"""Writes the tables of docs/figures.md from the recorded results, `bench-*.json` (of `fluxcli bench`) and
+`step-cache-*.json` (of `jobs/bench/step_cache.py`), each between two comments of it. A test says whether it is up to
+date.
 
     python -m jobs.bench.figures
 """
