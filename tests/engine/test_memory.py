@@ -3,6 +3,7 @@ made up, and on a GPU real."""
 
 import gc
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -169,8 +170,9 @@ def gigabytes() -> Iterator[Callable[[float], None]]:
     torch.cuda.empty_cache()
 
 
-def on_the_gpu(shapes: list[ShapeKey], compile: bool | None = None) -> Engine:
-    return Engine(resolve("random:flux-dev"), resolve_device("cuda", "bfloat16", compile, "auto"), shapes)
+def on_the_gpu(shapes: list[ShapeKey], quantization: str = "none") -> Engine:
+    config = replace(resolve_device("cuda", "bfloat16", None, "auto"), quantization=quantization)
+    return Engine(resolve("random:flux-dev"), config, shapes)
 
 
 def run_one(engine: Engine, key: ShapeKey) -> int:
@@ -190,6 +192,16 @@ def test_flux_runs_within_40_gb(key: ShapeKey, gigabytes) -> None:
     assert engine.memory.visiting_text == (key.batch_size > 1)
     peak = run_one(engine, key)
     print(f"{key}: planned {engine.memory.needed / 1e9:.2f} GB, peak {peak / 1e9:.2f} GB")
+    assert 0.8 * engine.memory.needed < peak < engine.memory.needed
+
+
+@on_gpu
+def test_in_8_bits_flux_runs_on_a_card_of_24_gb(gigabytes) -> None:
+    gigabytes(24)
+    engine = on_the_gpu([ONE], "fp8")
+    assert engine.memory.visiting_text
+    peak = run_one(engine, ONE)
+    print(f"planned {engine.memory.needed / 1e9:.2f} GB, peak {peak / 1e9:.2f} GB")
     assert 0.8 * engine.memory.needed < peak < engine.memory.needed
 
 
