@@ -2,7 +2,6 @@
 
 import os
 import sys
-import traceback
 import warnings
 from typing import Any
 
@@ -58,6 +57,8 @@ class _Cli(click.Group):
             raise
         except Exception as error:
             if ctx.meta.get("fluxcli.verbose") and not isinstance(error, signals.Stopped):
+                import traceback  # which takes milliseconds
+
                 complain(traceback.format_exc().rstrip())
             ctx.exit(_told(error))
 

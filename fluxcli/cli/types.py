@@ -57,7 +57,7 @@ class InputFile(Local):
         super().__init__(exists=True, dir_okay=False, allow_dash=True)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if value == "demo" and not os.path.exists(value):
+        if value == "demo" and (not os.path.exists(value) or os.path.isdir(value)):
             value = str(_DEMO)
         return super().convert(value, param, ctx)
 

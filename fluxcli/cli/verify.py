@@ -22,7 +22,7 @@ from fluxcli.cli.types import Local
 )
 @click.argument("directory", type=Local(exists=True, file_okay=False, path_type=Path))
 @click.option("--repair", is_flag=True, help="Put right what can be, and remove what the next run can make again.")
-@click.option("--yes", is_flag=True, help="Repair without asking.")
+@click.option("--yes", is_flag=True, help="With --repair: do it without asking.")
 @json_output
 @verbosity
 @click.pass_context
@@ -33,6 +33,8 @@ def verify(ctx: click.Context, /, directory: Path, repair: bool, yes: bool, as_j
     from fluxcli.job.report.repair import repair as mend
     from fluxcli.job.report.verify import verify as look
 
+    if yes and not repair:
+        raise click.UsageError("--yes goes with --repair")
     with alone(directory) if repair else contextlib.nullcontext():
         verdict = look(directory)
         say(verdict.as_lines())

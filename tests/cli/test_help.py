@@ -141,6 +141,9 @@ def test_demo_is_an_input_unless_there_is_a_file_of_that_name(inside, tmp_path: 
     done = inside(*words)
     assert done.returncode == 0, done.stderr
     assert done.json["images"] == 16 and done.json["directory"] == "out/demo"
+    (tmp_path / "demo").mkdir()
+    assert inside(*words).json["images"] == 16
+    (tmp_path / "demo").rmdir()
     (tmp_path / "demo").write_text('{"prompt": "a"}\n')
     assert inside(*words, "--input-format", "jsonl").json["images"] == 1
 
