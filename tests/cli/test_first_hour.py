@@ -72,6 +72,12 @@ HOUR: list[tuple[str, int, tuple[str, ...], Callable[[str], bytes] | None]] = [
     ("fluxcli batch nothere.jsonl", 2, ("nothere.jsonl",), None),
     ("fluxcli batch '\x1b[31mnothere\x07.jsonl'", 2, ("\\x1b[31mnothere\\x07.jsonl",), None),
     (f"fluxcli batch demo -o stopped {LONG}", 130, (r"batch in flight (about ",), after(" [1-9]/16", CTRL_C)),
+    (
+        f"fluxcli batch demo -o shared {LONG} --workers 2",
+        130,
+        ("after the 2 batches in flight (about ",),
+        after(" [2-9]/16", CTRL_C),
+    ),
     (f"fluxcli batch demo -o left {LONG}", 130, ("quitting now",), after(" [1-9]/16", CTRL_C, CTRL_C)),
     ("fluxcli batch demo -o stopped --steps 250 --limit 1", 0, ("done before",), None),
 ]

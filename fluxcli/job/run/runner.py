@@ -25,6 +25,7 @@ class Runner:
         self._saver, self._progress = saver, progress
         self._index = 0
         self._submitted: dict[int, Work] = {}  # by batch index
+        self._lanes: dict[int, Lane] = {}  # those that hold them
         self._since = 0.0  # when the last one began, or another's end let it begin
 
     def prepare(self, open_lanes: Callable[[], Lanes]) -> Lanes:
@@ -76,21 +77,25 @@ class Runner:
         batch = Batch(self._index, planned.key, steps, self._intake.records(planned.rows), mask)
         if not self._submitted:
             self._since = time.perf_counter()
-        self._submitted[self._index] = work
+        self._submitted[self._index], self._lanes[self._index] = work, lane
         self._index += 1
         lane.submit(batch, alone=work.suspect)
         return True
 
     def _stopping(self) -> str:
         """Called by a signal, between any two instructions of `_drive`."""
-        rows = [row for work in self._submitted.values() for row in work.planned.rows]
+        oldest = {id(lane): index for index, lane in reversed(self._lanes.items())}
+        # One lane makes what is queued in it too; of several each leaves that.
+        held = oldest.values() if len(oldest) > 1 else self._submitted
+        rows = [row for index in held for row in self._submitted[index].planned.rows]
         cost = sum(self._saver.work(self._intake.groups[row]) for row in rows)
-        return self._progress.stopping(len(self._submitted), cost, time.perf_counter() - self._since)
+        return self._progress.stopping(len(held), cost, time.perf_counter() - self._since)
 
     def _settle(self, lanes: Lanes) -> None:
         for each in lanes.wait():
             self._since = time.perf_counter()
             work = self._submitted.pop(each.batch.index)
+            del self._lanes[each.batch.index]
             if isinstance(each, Made):
                 self._saver.add(each)
             elif each.kind == "worker_died":
