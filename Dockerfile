@@ -1,6 +1,6 @@
 # fluxcli from its wheel, with CUDA:
 #   docker build -t fluxcli .
-#   docker run --rm --gpus all -e HF_TOKEN -v "$PWD:/work" -v "$HOME/.cache:/cache" fluxcli batch prompts.jsonl -o out
+#   docker run --rm --gpus all -e HF_TOKEN -v "$PWD:/work" -v fluxcli:/cache fluxcli batch prompts.jsonl -o out
 # For a CPU: docker build --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu -t fluxcli .
 FROM python:3.13-slim AS wheel
 WORKDIR /source
