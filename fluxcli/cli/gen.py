@@ -1,18 +1,17 @@
 """`fluxcli gen`."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 import click
 
+from fluxcli.cli.help import Command, ending
 from fluxcli.cli.options import (
     Files,
     Machine,
     Rows,
     batch_size_option,
-    example,
     format_options,
     json_output,
     machine_options,
@@ -22,11 +21,12 @@ from fluxcli.cli.options import (
     verbosity,
 )
 from fluxcli.cli.settings import batch_sizes, load_engine, say, settings
+from fluxcli.cli.types import Local, Whole
 from fluxcli.core import config
 from fluxcli.job.run import signals
 
 
-class _Prompted(click.Command):
+class _Prompted(Command):
     """Says what to do about a prompt that looks like an option."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -51,12 +51,26 @@ def _text(ctx: click.Context, param: click.Parameter, prompt: str) -> str:
     return prompt
 
 
-@click.command(cls=_Prompted, epilog=example('fluxcli gen "a green star on a white background" -n 4 -o stars'))
+@click.command(
+    cls=_Prompted,
+    epilog=ending(
+        'fluxcli gen "a green star on a white background"',
+        'fluxcli gen "a red circle above a blue square" -n 4 --seed 7 -o shapes',
+        'fluxcli gen "a fox in the snow" -m black-forest-labs/FLUX.1-dev -o fox.webp',
+        exits={
+            0: "every image is written",
+            1: "none could be made; the message says what to do",
+            2: "wrong usage",
+            3: "some could not be made",
+            "130, 143": "stopped by Ctrl-C or SIGTERM",
+        },
+    ),
+)
 @click.argument("prompt", callback=_text)
 @click.option(
     "-n",
     "--num-images",
-    type=click.IntRange(1, 10_000),
+    type=Whole(1, 10_000),
     metavar="N",
     default=1,
     show_default=True,
@@ -65,7 +79,7 @@ def _text(ctx: click.Context, param: click.Parameter, prompt: str) -> str:
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path),
+    type=Local(path_type=Path),
     default=Path(),
     help="Directory, or one file's name: its suffix is the format.",
 )
@@ -93,11 +107,13 @@ def gen(
     as_json: bool,
 ) -> None:
     """Make images of one PROMPT and print their paths."""
+    from fluxcli.core.files import json_text
     from fluxcli.core.records import Failure
     from fluxcli.job import single
     from fluxcli.job.output.committed import record_settings
     from fluxcli.job.output.images import comment_truncated
     from fluxcli.job.plan import size_of
+    from fluxcli.models.scope import Scope
     from fluxcli.models.tokenizers import Tokenizers
 
     checkpoint, engine_config, defaults = settings(machine, rows, step_cache=step_cache)
@@ -108,6 +124,10 @@ def gen(
     tokens, text_length = records[0].text_tokens, records[0].text_length
     if records[0].truncated:
         say(f"the prompt has {tokens} tokens and is cut to {text_length}")
+    scope = Scope(checkpoint)
+    scope.look_at([prompt])
+    for line in scope.lines([records[0].group]):
+        say(line)
     size = size_of(batch_sizes(batch_size, checkpoint, engine_config), records[0].group)
     made: list[dict[str, Any]] = []
     failed: list[dict[str, Any]] = []
@@ -115,7 +135,7 @@ def gen(
     def tell() -> None:
         if as_json:
             failures = {"failures": failed} if failed else {}
-            click.echo(json.dumps({"model": checkpoint.name, "images": made, **failures}, ensure_ascii=False))
+            click.echo(json_text({"model": checkpoint.name, "images": made, **failures}))
 
     def leave(stopped: signals.Stopped) -> None:
         say(f"{stopped}; {len(made)} of {len(records)} images are written")

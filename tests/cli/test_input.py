@@ -240,7 +240,7 @@ def test_cut_prompts_are_counted_at_the_end(inside, tmp_path: Path) -> None:
     write_rows(tmp_path / "in.jsonl", [{"prompt": long, "n": 2}, {"prompt": "a"}])
     result = inside("batch", "in.jsonl", "-o", "out", *SMALL, "--json")
     assert result.json["truncated"] == 2
-    assert ", 2 truncated" in result.stderr
+    assert ", 2 with a truncated prompt" in result.stderr
     again = inside("batch", "in.jsonl", "-o", "out", *SMALL, "--json")
     assert again.json["truncated"] == 0
     assert "truncated" not in again.stderr
