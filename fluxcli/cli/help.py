@@ -9,13 +9,13 @@ HEADINGS = {
     "Files": "output format quality",
     "Job": "config dry_run strict max_failures retry_failed force",
     "Input": "limit input_format prompt_column id_column",
-    "Images": "num_images sizes width height steps guidance seed",
+    "Images": "num_images sizes width height steps guidance seed lora negative_prompt true_cfg_scale",
     "Measuring": "vs cold_start worst",
     "Carrying the cache": "export import_ key",
     "Repair": "repair yes",
-    "Model": "model revision dtype quantization",
+    "Model": "model transformer vae text_encoder text_encoder_2 revision dtype quantization",
     "Speed": "batch_size batch_sizes text_lengths step_cache compile attention",
-    "Machine": "device gpus workers",
+    "Machine": "device gpus workers ray",
 }
 OTHER = "Other options"
 _NAMES = 26  # columns; a longer name has a line of its own

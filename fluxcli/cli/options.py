@@ -158,8 +158,8 @@ machine_options = _group(
         type=Model(),
         envvar="FLUXCLI_MODEL",
         show_envvar=True,
-        help="Hub id, pipeline directory, single file (.safetensors, .gguf), tiny, or random:flux-dev.  "
-        "[default: FLUX.1-dev on a GPU, else tiny]",
+        help="Hub id, pipeline directory, single file, tiny, or random:flux-dev.  [default: FLUX.1-dev on a GPU, else "
+        "tiny]",
     ),
     click.option("--transformer", type=FILE, help="Single file with the denoiser, in place of the model's own."),
     click.option("--vae", type=FILE, help="Single file with the VAE."),
