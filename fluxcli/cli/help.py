@@ -6,7 +6,7 @@ import click
 
 # Heading -> its options, in the order in which they are shown. An option that stands nowhere comes last.
 HEADINGS = {
-    "Files": "output format quality",
+    "Files": "output save format quality",
     "Job": "config dry_run strict max_failures retry_failed force",
     "Input": "limit input_format prompt_column id_column",
     "Images": "num_images sizes width height steps guidance seed lora negative_prompt true_cfg_scale",

@@ -16,6 +16,7 @@ from fluxcli.cli.compare import compare
 from fluxcli.cli.gen import gen
 from fluxcli.cli.help import ending
 from fluxcli.cli.options import verbosity
+from fluxcli.cli.replay import replay
 from fluxcli.cli.settings import complain, say
 from fluxcli.cli.streams import Unwritable
 from fluxcli.cli.verify import verify
@@ -109,7 +110,7 @@ def cli() -> None:
     """Prompts in, FLUX.1 images and timing manifests out: fast, resumable, and never losing one."""
 
 
-for each in (gen, batch, warmup, bench, calibrate, verify, compare):
+for each in (gen, batch, warmup, bench, calibrate, verify, compare, replay):
     cli.add_command(each)
 
 

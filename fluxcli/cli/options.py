@@ -148,6 +148,9 @@ def verbosity(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 TEXT_LENGTHS = Numbers("text lengths", config.MAX_TEXT_LENGTH)
+device_option = click.option(
+    "--device", type=Device(), default="auto", show_default=True, help="Where it runs. auto: a GPU, if there is one."
+)
 machine_options = _group(
     "machine",
     Machine,
@@ -173,13 +176,7 @@ machine_options = _group(
         show_default=True,
         help="Of weights and activations. auto: bfloat16 on a GPU, float32 on a CPU.",
     ),
-    click.option(
-        "--device",
-        type=Device(),
-        default="auto",
-        show_default=True,
-        help="Where it runs. auto: a GPU, if there is one.",
-    ),
+    device_option,
     click.option(
         "--compile/--no-compile",
         default=None,
