@@ -44,8 +44,8 @@ def replay(
 ) -> None:
     """Draw one image of a job again and compare it.
 
-    With the settings of its row and the job's, alone in its batch; then held to the file there. A GPU rounds otherwise in a batch of another size,
-    so that pixels may differ by some grey levels there.
+    With the settings of its row and the job's, alone in its batch; then held to the file there. A GPU rounds otherwise
+    in a batch of another size, so that pixels may differ by some grey levels there.
     """
     from fluxcli.core.errors import JobError
     from fluxcli.core.files import json_text, replacing
