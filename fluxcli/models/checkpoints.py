@@ -93,7 +93,10 @@ class Checkpoint:
     @cached_property
     def adapters(self) -> Library:
         """What is known of adapter files for it."""
-        return Library(lambda part: self.transformer if part == "transformer" else read_config(self.directory / part))
+        return Library(self._config)  # no closure: a checkpoint is sent to other processes
+
+    def _config(self, part: str) -> Mapping[str, Any]:
+        return self.transformer if part == "transformer" else read_config(self.directory / part)
 
     def row_defaults(self) -> RowDefaults:
         """What the model itself suggests: its fluxcli.json where it has one, else its family's habits.

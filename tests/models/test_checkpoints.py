@@ -1,5 +1,6 @@
 """What --model may be, and what is said of what it cannot be."""
 
+import pickle
 from pathlib import Path
 
 import pytest
@@ -48,3 +49,12 @@ def test_what_is_no_model_is_told_for_what_it_is(name: str, tmp_path: Path, monk
 def test_a_tilde_that_no_shell_has_seen_is_the_home_directory(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(model.parent))
     assert resolve("~/model").directory == model
+
+
+def test_a_checkpoint_goes_to_another_process() -> None:
+    """As `bench --cold-start` sends it, with what was looked up of adapters already."""
+    checkpoint = resolve("tiny")
+    checkpoint.row_defaults()
+    there = pickle.loads(pickle.dumps(checkpoint))
+    assert there == checkpoint and there.fingerprint() == checkpoint.fingerprint()
+    assert there.adapters is not None
