@@ -189,7 +189,7 @@ class Job:
         with Progress(len(intake.groups), sum(map(cost, intake.groups))) as progress:
             saver = Saver(run, progress, self.max_failures, cost)
             with signals.held():
-                saver.fail(intake.failures, attempted=False)
+                saver.fail(intake.failures, attempted=False, whole=intake.with_row)
             if not len(todo):
                 return
             runner = Runner(run, intake, todo, saver, progress)

@@ -80,11 +80,11 @@ def _save(
     result: Images, slot: int, record: PromptRecord, output: Path, format: ImageFormat, model: str
 ) -> Path | Failure:
     if not result.finite[slot]:
-        return Failure(record.id, record.line, "non_finite", "the model's output is not finite")
+        return Failure.of(record, "non_finite", "the model's output is not finite")
     try:
         data = images.encode(result.pixels[slot], format, record, model)
     except Exception as error:
-        return Failure(record.id, record.line, "encode_error", first_line(error))
+        return Failure.of(record, "encode_error", first_line(error))
     return _write(data, output, record, format)
 
 

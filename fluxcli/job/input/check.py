@@ -18,6 +18,7 @@ MAX_IMAGES_PER_ROW = 10_000
 MAX_SEED = 2**64 - 1  # the largest that torch takes
 _EXACT = 2**53  # below it a float that is whole stands for one integer alone
 _KEYS_SHOWN = 8
+_OF_ONE_IMAGE = frozenset(("id", "seed", "num_images"))
 
 _ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 _SIZE = re.compile(r"\s*([0-9]{1,6})\s*[xX\u00d7]\s*([0-9]{1,6})\s*")
@@ -45,11 +46,13 @@ def check_row(
     """The records of `images_of` a row, what is no setting in it as their `meta`."""
     schema = schema_of(row, columns)
     meta = {key: row[key] for key in schema.unknown}
+    own = {key for key, name in schema.known if name in _OF_ONE_IMAGE}
+    rest = {key: value for key, value in row.items() if key not in own}
     images = images_of(row, schema, index, line, defaults)
     return [
         PromptRecord(
             *image[:-3], meta, adapters=image.adapters, negative_prompt=image.negative_prompt,
-            true_cfg_scale=image.true_cfg_scale,
+            true_cfg_scale=image.true_cfg_scale, row=rest,
         )
         for image in images
     ]  # fmt: skip

@@ -1,6 +1,7 @@
 """One pass over the input: check every row, count its tokens, leave out what is done. What remains is a compact table
 of numbers, so that a million rows need megabytes, and prompts are read again when their batch comes up."""
 
+import math
 import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,7 +14,7 @@ from fluxcli.core.records import Failure, Group, PromptRecord
 from fluxcli.job.input.check import Checked, check_row, default_id, derived_seed, images_of
 from fluxcli.job.input.keys import NO_COLUMNS, Columns, Tally, schema_of
 from fluxcli.job.input.moved import Moved
-from fluxcli.job.input.read import RawRow
+from fluxcli.job.input.read import RawRow, finite
 from fluxcli.job.plan import bucket
 
 TokenCounter = Callable[[list[str]], list[int]]
@@ -88,6 +89,20 @@ class Intake:
             InputError: a row is another than the pass found.
         """
         return [self._record(image) for image in images]
+
+    def with_row(self, failure: Failure) -> Failure:
+        """A failure with its row, read from the input again: a million bad ones are not held.
+
+        Raises:
+            InputError: the row is another than the pass found.
+        """
+        if failure.at is None:
+            return failure
+        row = {key: _jsonable(value) for key, value in self.source.read(*failure.at).items()}
+        known = schema_of(row, self.source.columns).known
+        if failure.id is not None and all(row[key] is None for key, name in known if name == "id"):
+            row = {self.source.columns.id or "id": failure.id, **row}
+        return replace(failure, row=row)
 
     def text_tokens(self) -> Iterator[tuple[int, int]]:
         """(T5 tokens, bucket) of each image to make."""
@@ -190,7 +205,10 @@ def take_in(
             records = images_of(row, schema, raw.number, raw.line, defaults)
             ids.add(records, raw.number, schema.has_id)
         except RowError as error:
-            intake.failures.append(Failure(error.id, raw.line, error.kind, str(error)))
+            if isinstance(error, TakenId) and raw.again:
+                rows -= 1
+                continue
+            intake.failures.append(_failure(error, raw))
             continue
         prompt = records[0].prompt
         if schema.true_cfg:
@@ -208,7 +226,7 @@ def take_in(
             try:
                 wanted = [each for each in enumerate(records) if not _was_done(each[1], ask, defaults)]
             except RowError:
-                intake.failures.append(Failure(error.id, raw.line, error.kind, str(error)))
+                intake.failures.append(_failure(error, raw))
                 moved.look_at(records[0], raw.number, changed=True)
                 if moved.changed == _MANY_CHANGED:  # a million failures need not be gathered to tell this
                     moved.check(source.name, committed(), None)
@@ -223,6 +241,20 @@ def take_in(
     flush()
     intake.rows, intake.done = rows, done
     return intake
+
+
+def _jsonable(value: Any) -> Any:
+    """A value without numbers that JSON has not: NaN stays what it is, a value that no setting may have."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else finite(value)
+
+
+class TakenId(RowError):
+    """An earlier row has the id."""
+
+
+def _failure(error: RowError, raw: RawRow) -> Failure:
+    at = None if isinstance(raw.value, RowError) else (raw.offset, raw.digest)
+    return Failure(error.id, raw.line, error.kind, str(error), at=at)
 
 
 class _Ids:
@@ -243,7 +275,7 @@ class _Ids:
         if (own and self._numbered) or not self._own.isdisjoint(ids):
             taken = next((id for id in ids if id in self._own or self._is_number(id)), None)
             if taken is not None:
-                raise RowError(f"id {taken} is already used by an earlier row", id=taken)
+                raise TakenId(f"id {taken} is already used by an earlier row", id=taken)
         if self._folded is not None:
             self._fold(ids)
         if own:

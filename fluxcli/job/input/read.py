@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from fluxcli.core.errors import InputError, RowError
 from fluxcli.core.terminal import show
 from fluxcli.job.input.document import Broken, Element, document_kind, elements
-from fluxcli.job.input.keys import BODY, NO_COLUMNS, ROW_NAMES, Columns, setting_of, with_body
+from fluxcli.job.input.keys import BODY, FAILURE, NO_COLUMNS, ROW_NAMES, Columns, setting_of, with_body
 from fluxcli.job.input.raw import archives, encoding, parquet
 from fluxcli.job.input.raw.lines import lines, too_long
 from fluxcli.job.input.raw.storage import BLOCK, Bytes, Packed, Plain, blocks_in, blocks_of
@@ -34,7 +34,7 @@ class RawRow(NamedTuple):
     """One row as read: `value` is a JSON object's dict, or what was wrong with it.
 
     `number` counts rows from 0 (blank lines are none), `line` counts lines from 1, `offset` is where it starts in
-    bytes, and `digest` a hash of its text, good for this process.
+    bytes, and `digest` a hash of its text, good for this process. `again` marks a failure that is not its row's first.
     """
 
     number: int
@@ -42,6 +42,7 @@ class RawRow(NamedTuple):
     offset: int
     value: Value
     digest: int
+    again: bool = False
 
 
 class PromptFile:
@@ -124,7 +125,9 @@ class PromptFile:
             if raw is None:
                 yield RawRow(number, line, start, RowError(too_long()), 0)
             elif raw.strip():
-                yield RawRow(number, line, start, _json(raw, columns) if jsonl else _text_row(raw), hash(raw))
+                value = _json(raw, columns) if jsonl else _text_row(raw)
+                again = isinstance(value, _Again)
+                yield RawRow(number, line, start, value, hash(raw), again)
             else:
                 continue
             number += 1
@@ -255,6 +258,10 @@ def _json(raw: bytes, columns: Columns) -> Value:
         return RowError(f"the line is not valid JSON: Extra data (column {end + 1})")
     if not isinstance(value, dict):
         return RowError(f"the line must be a JSON object, got {show(value)}")
+    if value.keys() >= FAILURE:
+        value = _failed_row(value)
+        if isinstance(value, RowError):
+            return value
     if len(raw) > 2 * MAX_NESTING and raw.count(b"[") + raw.count(b"{") > MAX_NESTING and _nesting(value) > MAX_NESTING:
         return RowError(f"the row is nested more than {MAX_NESTING} levels deep")
     if b"\\u" in raw and b"\\ud" in raw.lower():
@@ -265,9 +272,21 @@ def _json(raw: bytes, columns: Columns) -> Value:
     if BODY in value:
         value = with_body(value)
     if lax:
-        value = {key: each if setting_of(key, columns) else _finite(each) for key, each in value.items()}
+        value = {key: each if setting_of(key, columns) else finite(each) for key, each in value.items()}
     row: dict[str, Any] = value
     return row
+
+
+class _Again(dict[str, Any]):
+    """The row of a second or later failure."""
+
+
+def _failed_row(failure: dict[str, Any]) -> Value:
+    """The row that a line of failures.jsonl carries."""
+    row = failure.get("row")
+    if not isinstance(row, dict):
+        return RowError("a failure that carries no row: take the row from the input itself")
+    return row if failure["attempt"] == 1 else _Again(row)
 
 
 def _nesting(value: Any) -> int:
@@ -279,12 +298,12 @@ def _nesting(value: Any) -> int:
     return depth
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The value with null for each number that JSON does not have."""
     if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
+        return {key: finite(each) for key, each in value.items()}
     if isinstance(value, list):
-        return [_finite(each) for each in value]
+        return [finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

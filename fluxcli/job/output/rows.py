@@ -173,6 +173,7 @@ class FailureRow(Row):
     error: Annotated[dict[str, Any], _error]
     attempt: Annotated[int, _whole(1, 2**63 - 1)]
     run: Annotated[int, _count]
+    row: Annotated[dict[str, Any] | None, _object] = None  # to be given again; a line that was no row has none
 
     @property
     def append(self) -> tuple[int, ...]:

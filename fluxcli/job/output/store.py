@@ -11,7 +11,7 @@ import contextlib
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from fluxcli.job.output.lock import Lock, Owner
 from fluxcli.job.output.log import RowLog
 from fluxcli.job.output.rows import FailureRow, ManifestRow, R, RunRow
 from fluxcli.job.output.sink import FileSink, Written
+
+_FAILURES_AT_ONCE = 64  # in memory, each up to 16 MiB
 
 _TEMPORARY = re.compile(
     rf"\.(job\.json|(manifest|failures|runs)\.jsonl|lock)([.-][0-9a-f]+)?{re.escape(TEMPORARY)}"
@@ -123,17 +125,28 @@ class JobStore:
         for row in rows:
             images[row.id] = content(row)
 
-    def fail(self, failures: Iterable[Failure], *, attempted: bool = True) -> None:
+    def fail(
+        self,
+        failures: Sequence[Failure],
+        *,
+        attempted: bool = True,
+        whole: Callable[[Failure], Failure] = lambda failure: failure,
+    ) -> None:
         """Appends to failures.jsonl, numbering each row's attempts. Of rows that were not `attempted`, being bad in the
-        input, only what does not stand there yet."""
-        rows = [
-            self._failed.add(failure, self.run)
-            for failure in failures
-            if attempted or not self._failed.says_already(failure)
-        ]
-        with self._writing():
-            self._lock.check()
-            self._failures.append(rows)
+        input, only what does not stand there yet.
+
+        Args:
+            whole: the failure with its row: a few at a time, for rows may be long and many.
+        """
+        for start in range(0, len(failures), _FAILURES_AT_ONCE):
+            rows = [
+                self._failed.add(whole(failure), self.run)
+                for failure in failures[start : start + _FAILURES_AT_ONCE]
+                if attempted or not self._failed.says_already(failure)
+            ]
+            with self._writing():
+                self._lock.check()
+                self._failures.append(rows)
 
     def record_run(self, row: Mapping[str, Any]) -> None:
         """Appends this start's row to runs.jsonl."""

@@ -4,6 +4,7 @@ import codecs
 import json
 import math
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from fluxcli.core.config import RowDefaults
 from fluxcli.core.errors import InputError
-from fluxcli.core.records import PromptRecord
+from fluxcli.core.records import Failure, PromptRecord
 from fluxcli.job.input.check import check_row
 from fluxcli.job.input.raw.lines import MAX_LINE
 from fluxcli.job.input.read import PromptFile
@@ -54,6 +55,15 @@ def test_num_images_expands_to_numbered_ids_with_their_own_seeds(read, alias: st
     assert not failures
     alone = one(read([{"prompt": "b", "id": "x-1"}]))
     assert alone.seed == records[1].seed, "an expanded image's seed follows from its own id"
+
+
+def test_a_failed_image_asks_for_itself_again(read) -> None:
+    row = {"prompt": "a", "id": "x", "n": 3, "steps": 9, "tag": {"a": 1}}
+    record = read([row])[0][1]
+    failure = Failure.of(record, "out_of_memory", "no room").as_row()
+    assert failure["row"] == {"id": "x-1", "prompt": "a", "steps": 9, "tag": {"a": 1}, "seed": record.seed}
+    again = one(read([{**failure, "attempt": 1, "run": 0}]))
+    assert replace(again, line=record.line) == record
 
 
 def test_an_explicit_seed_counts_up_over_num_images(read) -> None:
