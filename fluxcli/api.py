@@ -159,6 +159,7 @@ class Job:
     strict: bool = False
     max_failures: int | None = None
     retry_failed: bool = True
+    append: bool = False
     gpus: "Literal['all'] | int | Sequence[int] | None" = None
     workers: int | None = None
     ray: str | None = None
@@ -208,6 +209,7 @@ class Job:
             strict=self.strict,
             max_failures=self.max_failures,
             retry_failed=self.retry_failed,
+            append=self.append,
         )
 
         def own(shapes: "Sequence[ShapeKey]") -> Engine:

@@ -1,5 +1,6 @@
 """`fluxcli batch`."""
 
+import sys
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -29,6 +30,7 @@ from fluxcli.cli.options import (
 )
 from fluxcli.cli.settings import batch_sizes, load_engine, say, settings
 from fluxcli.core import config
+from fluxcli.core.errors import UsageError
 
 
 @click.command(epilog=example("fluxcli batch prompts.jsonl -o out --batch-size 16"))
@@ -37,7 +39,7 @@ from fluxcli.core import config
     "-o",
     "--output",
     type=click.Path(file_okay=False, path_type=Path),
-    help="The job's directory.  [default: out/INPUT]",
+    help="The job's directory; standard input needs one.  [default: out/INPUT]",
 )
 @click.option(
     "--config",
@@ -57,6 +59,7 @@ from fluxcli.core import config
 @click.option(
     "--retry-failed/--no-retry-failed", default=True, show_default=True, help="Try rows again that failed before."
 )
+@click.option("--append", is_flag=True, help="Add the rows of another input to the job in the directory.")
 @click.option("--force", is_flag=True, help="If the directory holds another job, start over in a new one beside it.")
 @row_options
 @step_cache_option
@@ -79,6 +82,7 @@ def batch(
     strict: bool,
     max_failures: int | None,
     retry_failed: bool,
+    append: bool,
     force: bool,
     rows: Rows,
     step_cache: str,
@@ -96,12 +100,14 @@ def batch(
     from fluxcli.core.files import json_text
     from fluxcli.engine.runtime import device
     from fluxcli.job.input.keys import Columns
-    from fluxcli.job.input.read import job_name
+    from fluxcli.job.input.read import is_descriptor, job_name
     from fluxcli.job.job import Job
     from fluxcli.job.report import text as report
     from fluxcli.job.report.forecast import forecast
     from fluxcli.worker import processes as chosen_processes
 
+    if output is None and is_descriptor(input):
+        raise UsageError("rows from a stream have no name to call a job by: give -o DIR")
     several = chosen_processes(processes.gpus, processes.workers, processes.ray, machine.device)
     if several is not None:
         ctx.call_on_close(several.close)
@@ -123,6 +129,8 @@ def batch(
         retry_failed,
         reading.input_format,
         Columns(reading.prompt_column, reading.id_column),
+        append,
+        tuple(sys.argv),
     )
     if force:
         moved = job.in_free_directory()

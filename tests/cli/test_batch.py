@@ -422,9 +422,19 @@ def test_limit_formats_and_a_table_as_input(inside, tmp_path: Path) -> None:
         assert (image.format, image.size) == ("WEBP", (64, 64))
 
 
+def test_a_run_tells_its_command_line(clean: Job) -> None:
+    (run,) = read_rows(clean.directory / "runs.jsonl")
+    assert run["argv"][1:3] == ["batch", "prompts.jsonl"]
+
+
+def test_standard_input_needs_a_directory(inside) -> None:
+    result = inside("batch", "-", *SMALL)
+    assert result.returncode == 2 and "give -o DIR" in result.stderr
+
+
 def test_standard_input_is_jsonl_and_jpg_carries_exif(command, tmp_path: Path) -> None:
     stdin = '{"id": "x", "prompt": "Bänke 星"}\n\nbad\n'.encode()
-    result = command("batch", "-", *SMALL, "--format", "jpg", "--json", cwd=tmp_path, stdin=stdin)
+    result = command("batch", "-", "-o", "out", *SMALL, "--format", "jpg", "--json", cwd=tmp_path, stdin=stdin)
     assert result.returncode == 3, result.stderr
     directory = tmp_path / result.json["directory"]
     (row,) = read_rows(directory / "manifest.jsonl")

@@ -1,14 +1,16 @@
 """Reading the input: bytes -> raw rows, each once from the front and again by its offset."""
 
 import codecs
+import hashlib
 import json
 import math
 import os
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import closing, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -51,6 +53,7 @@ class PromptFile:
     UTF-8 goes into a temporary file first.
 
     Args:
+        path: "-" is standard input; `self.path` is absolute, None for a stream.
         format: of the rows; None goes by the name's suffix, and takes a stream without one for JSONL.
 
     Raises:
@@ -60,6 +63,7 @@ class PromptFile:
     def __init__(self, path: str, format: Format | None = None, columns: Columns = NO_COLUMNS) -> None:
         self.name = "<stdin>" if path == "-" else path
         self.columns = columns
+        self.path = None if is_descriptor(path) or _is_stream(path) else os.path.abspath(path)
         self._bytes, parquet_rows = _open(path, self.name, columns)
         try:
             sample = self._bytes.pread(encoding.SAMPLE, 0)
@@ -86,6 +90,19 @@ class PromptFile:
 
     def close(self) -> None:
         self._bytes.close()
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of its text, unpacked and in UTF-8."""
+        found = hashlib.sha256()
+        for block in blocks_in(self._bytes):
+            found.update(block)
+        return found.hexdigest()
+
+    def has_id(self, ids: Container[str]) -> bool:
+        """Whether a row names one of these as its id."""
+        rows = (raw.value for raw in self.scan() if not isinstance(raw.value, RowError))
+        return any(str(row[key]) in ids for row in rows for key in row if setting_of(key, self.columns) == "id")
 
     def scan(self) -> Iterator[RawRow]:
         """Every row of the input, in order.
@@ -206,7 +223,7 @@ def is_descriptor(path: str) -> bool:
 
 def job_name(path: str) -> str:
     """What a job over this input is called."""
-    return "stdin" if is_descriptor(path) else archives.inner_name(path).stem
+    return archives.inner_name(path).stem
 
 
 def _format_of(path: str) -> Format:

@@ -190,6 +190,8 @@ class RunRow(Row):
     dtype: Annotated[str | None, _text] = None
     quantization: Annotated[str | None, _text] = None
     versions: Annotated[dict[str, Any] | None, _object] = None
+    argv: Annotated[list[Any] | None, _of(list, "a list")] = None
+    input: Annotated[dict[str, Any] | None, _object] = None
     started_at: Annotated[str | None, _text] = None
     finished_at: Annotated[str | None, _text] = None
     planned: Annotated[int | None, _count] = None
