@@ -17,6 +17,7 @@ from fluxcli.cli.compare import compare
 from fluxcli.cli.gen import gen
 from fluxcli.cli.options import example, verbosity
 from fluxcli.cli.settings import say
+from fluxcli.cli.status import status
 from fluxcli.cli.streams import Unwritable
 from fluxcli.cli.verify import verify
 from fluxcli.cli.warmup import warmup
@@ -88,7 +89,7 @@ def cli() -> None:
     """Prompts in, FLUX.1 images and timing manifests out: fast, resumable, and never losing one."""
 
 
-for each in (gen, batch, warmup, bench, calibrate, verify, compare):
+for each in (gen, batch, warmup, bench, calibrate, status, verify, compare):
     cli.add_command(each)
 
 
