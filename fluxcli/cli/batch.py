@@ -51,6 +51,15 @@ from fluxcli.core.errors import UsageError
 )
 @input_options
 @batch_size_option
+@click.option(
+    "-n",
+    "--num-images",
+    type=click.IntRange(1, config.MOST_IMAGES_OF_ROW),
+    metavar="N",
+    default=1,
+    show_default=True,
+    help="Images of a row that has no number of its own, as ID-0, ID-1, ...",
+)
 @click.option("--limit", type=click.IntRange(0), metavar="N", help="Use the first N rows only.")
 @format_options
 @click.option("--dry-run", is_flag=True, help="Show the plan; make nothing.")
@@ -76,6 +85,7 @@ def batch(
     output: Path | None,
     reading: Input,
     batch_size: int | str,
+    num_images: int,
     limit: int | None,
     files: Files,
     dry_run: bool,
@@ -119,7 +129,7 @@ def batch(
         output or Path("out") / job_name(input),
         checkpoint,
         engine_config,
-        defaults,
+        replace(defaults, num_images=num_images),
         text_lengths,
         config.ImageFormat(files.format, files.quality),
         batch_sizes(batch_size, checkpoint, engine_config),

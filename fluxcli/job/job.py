@@ -85,6 +85,7 @@ class Job:
             "guidance": self.defaults.guidance_scale,
             **({"true_cfg_scale": self.defaults.true_cfg_scale} if self.defaults.true_cfg_scale > 1 else {}),
             **({"negative_prompt": negative} if (negative := self.defaults.negative_prompt) is not None else {}),
+            **({"num_images": self.defaults.num_images} if self.defaults.num_images > 1 else {}),
             "seed": self.defaults.seed,
             "format": self.image.name,
             "quality": None if self.image.lossless else self.image.quality,

@@ -422,6 +422,17 @@ def test_limit_formats_and_a_table_as_input(inside, tmp_path: Path) -> None:
         assert (image.format, image.size) == ("WEBP", (64, 64))
 
 
+def test_rows_without_a_number_of_their_own_have_as_many_images_as_n_says(inside, tmp_path: Path) -> None:
+    write_rows(tmp_path / "in.jsonl", [{"id": "a", "prompt": "x"}, {"id": "b", "prompt": "y", "n": 1}])
+    result = inside("batch", "in.jsonl", "-o", "out", "-n", 3, *SMALL)
+    assert result.returncode == 0, result.stderr
+    rows = read_rows(tmp_path / "out" / "manifest.jsonl")
+    assert sorted(row["id"] for row in rows) == ["a-0", "a-1", "a-2", "b"]
+    assert len({row["seed"] for row in rows}) == 4
+    other = inside("batch", "in.jsonl", "-o", "out", *SMALL)
+    assert other.returncode == 1 and "--num-images was 3, now 1" in other.stderr
+
+
 def test_a_run_tells_its_command_line(clean: Job) -> None:
     (run,) = read_rows(clean.directory / "runs.jsonl")
     assert run["argv"][1:3] == ["batch", "prompts.jsonl"]

@@ -90,6 +90,7 @@ class Identity:
 # Options that job.json leaves out, with the value that they have then.
 _UNSAID = {
     "quantization": "none", "step_cache": "off", "lora": "none", "negative_prompt": None, "true_cfg_scale": 1.0,
+    "num_images": 1,
 }  # fmt: skip
 _SCALAR = (str, int, float, type(None))
 
