@@ -73,7 +73,7 @@ class Verdict:
         lines = [f"{problem.kind}: {_line(problem.file_name)}: {problem.detail}" for problem in self.problems[:shown]]
         if len(self.problems) > shown:
             lines.append(f"and {len(self.problems) - shown} more problems")
-        still = f", {self.missing} images still to make" if self.missing else ""
+        still = f", {self.missing} still to make" if self.missing else ""
         lines.append(f"{self.directory}: {self.images} good images, {len(self.problems)} problems{still}")
         return "\n".join(lines)
 
