@@ -31,9 +31,10 @@ lint: install
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-# docs/cli.md, from the help.
+# docs/cli.md and the manual page, from the help.
 docs: install
 	.venv/bin/python docs/cli.py
+	.venv/bin/python docs/man.py
 
 # What a user would install, used where there is no clone: the demo, from the wheel's files alone.
 demo-from-wheel: install

@@ -198,6 +198,8 @@ class Job:
         machine = (device, self.dtype, self.compile, self.attention, self.quantization, self.step_cache)
         elsewhere = several is not None and several.elsewhere
         checkpoint, engine, cache = _settled(self.model, self.revision, self.files, *machine, elsewhere)
+        if "://" in os.fspath(self.output):
+            raise UsageError(f"output {self.output} is an address; fluxcli writes files of this machine only")
         made = job.Job(
             os.fspath(self.input),
             Path(self.output),

@@ -6,7 +6,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-DEMO = Path(__file__).with_name("demo.jsonl").resolve()
+DEMO = "demo"  # the rows that come with fluxcli
 
 
 def main(installed: Path) -> None:
@@ -25,6 +25,7 @@ def main(installed: Path) -> None:
         assert (used.parent / "py.typed").is_file(), "the wheel says nothing of its types"
         run("-m", "fluxcli", "batch", DEMO, "--model", "tiny", "--device", "cpu", "-o", "out")
         run("-m", "fluxcli", "verify", "out")
+        assert (installed / "share" / "man" / "man1" / "fluxcli.1").is_file(), "the wheel has no manual page"
         made = len(list(Path(directory, "out", "images").iterdir()))
     print(f"{made} images by {installed.name}'s own fluxcli, outside the clone")
 

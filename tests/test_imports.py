@@ -14,7 +14,17 @@ import fluxcli
 ROOT = Path(fluxcli.__file__).parent
 # Every room, each above all that it may import. The two wings are apart, and above what both stand on.
 GROUND = ("core", "models.flux1", "models")
-JOB = ("job.output", "job.plan", "job.input", "job.run", "job.fleet", "job.report", "job.single", "job.job")
+JOB = (
+    "job.output",
+    "job.plan",
+    "job.input",
+    "job.run",
+    "job.fleet",
+    "job.report",
+    "job.single",
+    "job.replay",
+    "job.job",
+)
 ENGINE = (
     "engine.denoise", "engine.runtime", "engine.flight", "engine.attention", "engine.matmul",
     "engine.layers", "engine.nets", "engine.true_cfg", "engine.step_cache", "engine.weights", "engine.text",

@@ -9,7 +9,9 @@ from typing import Any
 
 import click
 
+from fluxcli.cli.help import Command, ending
 from fluxcli.cli.options import (
+    INPUT,
     Files,
     Input,
     Machine,
@@ -17,7 +19,6 @@ from fluxcli.cli.options import (
     Rows,
     _read_config,
     batch_size_option,
-    example,
     format_options,
     input_options,
     json_output,
@@ -29,21 +30,37 @@ from fluxcli.cli.options import (
     verbosity,
 )
 from fluxcli.cli.settings import batch_sizes, load_engine, say, settings
+from fluxcli.cli.streams import is_quiet
+from fluxcli.cli.types import Local, Whole
 from fluxcli.core import config
 from fluxcli.core.errors import UsageError
 
 
-@click.command(epilog=example("fluxcli batch prompts.jsonl -o out --batch-size 16"))
-@click.argument("input", type=click.Path(exists=True, dir_okay=False, allow_dash=True))
+@click.command(
+    cls=Command,
+    epilog=ending(
+        "fluxcli batch prompts.jsonl -o out",
+        "fluxcli batch prompts.csv -o out --prompt-column caption --dry-run",
+        "fluxcli batch prompts.jsonl -m black-forest-labs/FLUX.1-dev --gpus all",
+        exits={
+            0: "every row has its image",
+            1: "nothing more could be done; the message says what to do",
+            2: "wrong usage",
+            3: "finished, and some rows failed: see failures.jsonl",
+            "130, 143": "stopped by Ctrl-C or SIGTERM; run it again to go on",
+        },
+    ),
+)
+@click.argument("input", type=INPUT)
 @click.option(
     "-o",
     "--output",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=Local(file_okay=False, path_type=Path),
     help="The job's directory; standard input needs one.  [default: out/INPUT]",
 )
 @click.option(
     "--config",
-    type=click.Path(exists=True, dir_okay=False),
+    type=Local(exists=True, dir_okay=False),
     is_eager=True,
     expose_value=False,
     callback=_read_config,
@@ -54,17 +71,17 @@ from fluxcli.core.errors import UsageError
 @click.option(
     "-n",
     "--num-images",
-    type=click.IntRange(1, config.MOST_IMAGES_OF_ROW),
+    type=Whole(1, config.MOST_IMAGES_OF_ROW),
     metavar="N",
     default=1,
     show_default=True,
     help="Images of a row that has no number of its own, as ID-0, ID-1, ...",
 )
-@click.option("--limit", type=click.IntRange(0), metavar="N", help="Use the first N rows only.")
+@click.option("--limit", type=Whole(0), metavar="N", help="Use the first N rows only.")
 @format_options
 @click.option("--dry-run", is_flag=True, help="Show the plan; make nothing.")
 @click.option("--strict", is_flag=True, help="Stop before any work if a row is bad.")
-@click.option("--max-failures", type=click.IntRange(0), metavar="N", help="Stop when more than N rows failed.")
+@click.option("--max-failures", type=Whole(0), metavar="N", help="Stop when more than N rows failed.")
 @click.option(
     "--retry-failed/--no-retry-failed", default=True, show_default=True, help="Try rows again that failed before."
 )
@@ -103,7 +120,8 @@ def batch(
 ) -> None:
     """Run a job: every row of INPUT becomes an image.
 
-    INPUT is .jsonl, .json, .txt, .csv or .tsv, each also .gz or .zst, or .parquet; - is standard input.
+    INPUT is .jsonl, .json, .txt, .csv or .tsv, each also .gz or .zst, or .parquet; - is standard input; demo is sixteen
+    rows for the built-in model. What a row says of its image goes before the options.
 
     The same command again finishes what is missing.
     """
@@ -156,7 +174,7 @@ def batch(
         if as_json:
             click.echo(json_text({"directory": str(job.directory), **data}))
         else:
-            lines = (*report.remark_lines(intake.tally), *report.failure_lines(intake.failures))
+            lines = (*report.remark_lines(intake.tally), *intake.remarks, *report.failure_lines(intake.failures))
             say("\n".join([report.plan_table(data), *lines]))
         ctx.exit(3 if intake.failures or intake.skipped else 0)
 
@@ -170,6 +188,6 @@ def batch(
 
     own = partial(load_engine, checkpoint, engine_config)
     engines = own if several is None else several.workers(checkpoint, engine_config)
-    status, totals = job.run(engines, device.machine(engine_config), say, tell)
+    status, totals = job.run(engines, device.machine(engine_config), say, tell, is_quiet())
     tell(status, totals)
     ctx.exit(status)

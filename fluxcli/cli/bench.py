@@ -5,23 +5,31 @@ from functools import partial
 
 import click
 
+from fluxcli.cli.help import Command, ending
 from fluxcli.cli.options import (
     TEXT_LENGTHS,
     Machine,
     Rows,
     choice,
-    example,
     json_output,
     machine_options,
     step_cache_option,
     verbosity,
 )
 from fluxcli.cli.settings import load_engine, say, settings
-from fluxcli.cli.types import Numbers, Size
+from fluxcli.cli.types import Numbers, Size, Whole
 from fluxcli.core import config
 
 
-@click.command(epilog=example("fluxcli bench -m random:flux-dev --size 1024x1024 --batch-size 1,16 --vs diffusers"))
+@click.command(
+    cls=Command,
+    epilog=ending(
+        "fluxcli bench -m random:flux-dev",
+        "fluxcli bench -m random:flux-dev --batch-size 1,16 --vs diffusers",
+        "fluxcli bench -m tiny --size 128x128 --batch-size 4 --json",
+        exits={0: "all is measured", 1: "a shape or a peer could not be; the rest is told", 2: "wrong usage"},
+    ),
+)
 @click.option(
     "--size",
     "sizes",
@@ -42,7 +50,7 @@ from fluxcli.core import config
     default=(config.MAX_TEXT_LENGTH,),
     help=f"Lengths of prompts, in T5 tokens.  [default: {config.MAX_TEXT_LENGTH}, the reference setting]",
 )
-@click.option("--steps", type=click.IntRange(1, 1000), metavar="N", help="Of a whole image.  [default: the model's]")
+@click.option("--steps", type=Whole(1, config.MAX_STEPS), metavar="N", help="Of a whole image.  [default: the model's]")
 @step_cache_option
 @click.option(
     "--vs",
@@ -67,9 +75,10 @@ def bench(
     machine: Machine,
     as_json: bool,
 ) -> None:
-    """Measure this machine: a step against what its products and attention alone take, whole images by stage.
+    """Measure this machine: a denoising step, and whole images.
 
-    Exits with 1 if a shape or a peer could not be measured; the rest is told all the same.
+    A step stands beside what its matrix products and attention alone take, and with --vs beside diffusers; an image is
+    told by stage.
     """
     import json
 

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import click
 
+from fluxcli.cli.help import Command, ending
 from fluxcli.cli.options import (
     FILE,
+    INPUT,
     Input,
     Machine,
     Rows,
-    example,
     input_options,
     json_output,
     machine_options,
@@ -20,15 +21,22 @@ from fluxcli.cli.options import (
     verbosity,
 )
 from fluxcli.cli.settings import load_engine, say, settings
+from fluxcli.cli.types import Whole
 from fluxcli.core.step_cache import PRESETS, StepCache
 
 
-@click.command(epilog=example("fluxcli calibrate prompts.jsonl -o own.json"))
-@click.argument("input", type=click.Path(exists=True, dir_okay=False, allow_dash=True))
-@click.option("-o", "--output", type=FILE, required=True, help="The file to write.")
-@click.option(
-    "--limit", type=click.IntRange(1), metavar="N", default=8, show_default=True, help="Use the first N rows."
+@click.command(
+    cls=Command,
+    epilog=ending(
+        "fluxcli calibrate prompts.jsonl -o own.json",
+        "fluxcli calibrate prompts.jsonl -o own.json --steps 50 --limit 16",
+        "fluxcli calibrate demo -m tiny -o tiny.json --limit 2",
+        exits={0: "measured", 1: "could not be; the message says what to do", 2: "wrong usage"},
+    ),
 )
+@click.argument("input", type=INPUT)
+@click.option("-o", "--output", type=FILE, required=True, help="The file to write.")
+@click.option("--limit", type=Whole(1), metavar="N", default=8, show_default=True, help="Use the first N rows.")
 @input_options
 @row_options
 @text_lengths_option
@@ -45,9 +53,9 @@ def calibrate(
     machine: Machine,
     as_json: bool,
 ) -> None:
-    """Measure which steps of this model can be spared, on the first rows of INPUT.
+    """Measure which steps of a model can be spared.
 
-    What it writes is FILE in --step-cache FILE:balanced.
+    It draws the first rows of INPUT. What it writes is FILE in --step-cache FILE:balanced.
 
     Every image is drawn with --steps steps, whatever its row says.
     """

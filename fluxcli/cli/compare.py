@@ -6,29 +6,37 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fluxcli.cli.options import example, json_output, verbosity
+from fluxcli.cli.help import Command, ending
+from fluxcli.cli.options import json_output, verbosity
 from fluxcli.cli.settings import say
+from fluxcli.cli.types import Local, Whole
 from fluxcli.core.errors import UsageError
 
 if TYPE_CHECKING:
     from fluxcli.job.report.compare import Perceptual
 
-JOB = click.Path(exists=True, file_okay=False, path_type=Path)
+JOB = Local(exists=True, file_okay=False, path_type=Path)
 
 
-@click.command(epilog=example("fluxcli compare out out-fast"))
+@click.command(
+    cls=Command,
+    epilog=ending(
+        "fluxcli compare out out-fast",
+        "fluxcli compare out out-fast --worst 5",
+        "fluxcli compare out out-fast --json",
+        exits={0: "every row is compared", 1: "nothing could be", 2: "wrong usage", 3: "some rows could not be"},
+    ),
+)
 @click.argument("a", type=JOB)
 @click.argument("b", type=JOB)
-@click.option(
-    "--worst", type=click.IntRange(0), metavar="N", default=20, show_default=True, help="Tell the N farthest apart."
-)
+@click.option("--worst", type=Whole(0), metavar="N", default=20, show_default=True, help="Tell the N farthest apart.")
 @json_output
 @verbosity
 @click.pass_context
 def compare(ctx: click.Context, /, a: Path, b: Path, worst: int, as_json: bool) -> None:
-    """Measure how far apart the images are that two jobs, A and B, made of the same rows.
+    """Measure how far apart two jobs' images of the same rows are.
 
-    PSNR in dB, SSIM and, with fluxcli[quality] installed, LPIPS. Exits with 3 if some rows could not be compared.
+    A and B are their directories. PSNR in dB, SSIM and, with fluxcli[quality] installed, LPIPS.
     """
     from fluxcli.core.files import json_text
     from fluxcli.job.report import compare_text

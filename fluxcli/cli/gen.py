@@ -1,6 +1,5 @@
 """`fluxcli gen`."""
 
-import json
 import os
 import re
 import sys
@@ -9,12 +8,12 @@ from typing import Any
 
 import click
 
+from fluxcli.cli.help import Command, ending
 from fluxcli.cli.options import (
     Files,
     Machine,
     Rows,
     batch_size_option,
-    example,
     format_options,
     json_output,
     machine_options,
@@ -24,6 +23,7 @@ from fluxcli.cli.options import (
     verbosity,
 )
 from fluxcli.cli.settings import batch_sizes, load_engine, say, settings
+from fluxcli.cli.types import Local, Whole
 from fluxcli.core import config
 from fluxcli.core.terminal import show
 from fluxcli.job.run import signals
@@ -32,7 +32,7 @@ _MOST_PROMPTS = 10_000
 _MOST_BYTES = 16 * 2**20
 
 
-class _Prompted(click.Command):
+class _Prompted(Command):
     """Says what to do about a prompt that looks like an option."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -82,12 +82,26 @@ def _text(ctx: click.Context, param: click.Parameter, prompt: str) -> str:
     return prompt
 
 
-@click.command(cls=_Prompted, epilog=example('fluxcli gen "a green star on a white background" -n 4 -o stars'))
+@click.command(
+    cls=_Prompted,
+    epilog=ending(
+        'fluxcli gen "a green star on a white background"',
+        'fluxcli gen "a red circle above a blue square" -n 4 --seed 7 -o shapes',
+        'fluxcli gen "a fox in the snow" -m black-forest-labs/FLUX.1-dev -o fox.webp',
+        exits={
+            0: "every image is written",
+            1: "none could be made; the message says what to do",
+            2: "wrong usage",
+            3: "some could not be made",
+            "130, 143": "stopped by Ctrl-C or SIGTERM",
+        },
+    ),
+)
 @click.argument("prompts", metavar="PROMPT...", nargs=-1, required=True, callback=_texts)
 @click.option(
     "-n",
     "--num-images",
-    type=click.IntRange(1, 10_000),
+    type=Whole(1, 10_000),
     metavar="N",
     default=1,
     show_default=True,
@@ -96,7 +110,7 @@ def _text(ctx: click.Context, param: click.Parameter, prompt: str) -> str:
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path),
+    type=Local(path_type=Path),
     default=Path(),
     help="Directory, or one file's name: its suffix is the format.",
 )
@@ -127,10 +141,12 @@ def gen(
 
     - is standard input, a prompt on each line.
     """
+    from fluxcli.core.files import json_text
     from fluxcli.core.records import Failure
     from fluxcli.job import single
     from fluxcli.job.output.committed import record_settings
     from fluxcli.job.output.images import comment_truncated
+    from fluxcli.models.scope import Scope
     from fluxcli.models.tokenizers import Tokenizers
 
     checkpoint, engine_config, defaults = settings(machine, rows, step_cache=step_cache)
@@ -142,6 +158,10 @@ def gen(
         if record.truncated:
             which = "the prompt" if len(prompts) == 1 else show(record.prompt)
             say(f"{which} has {record.text_tokens} tokens and is cut to {record.text_length}")
+    scope = Scope(checkpoint)
+    scope.look_at(prompts)
+    for line in scope.lines([record.group for record in records]):
+        say(line)
     size = batch_sizes(batch_size, checkpoint, engine_config)
     made: list[dict[str, Any]] = []
     failed: list[dict[str, Any]] = []
@@ -149,7 +169,7 @@ def gen(
     def tell() -> None:
         if as_json:
             failures = {"failures": failed} if failed else {}
-            click.echo(json.dumps({"model": checkpoint.name, "images": made, **failures}, ensure_ascii=False))
+            click.echo(json_text({"model": checkpoint.name, "images": made, **failures}))
 
     def leave(stopped: signals.Stopped) -> None:
         say(f"{stopped}; {len(made)} of {len(records)} images are written")

@@ -2,7 +2,6 @@
 
 import os
 import sys
-import traceback
 import warnings
 from typing import Any
 
@@ -15,8 +14,10 @@ from fluxcli.cli.bench import bench
 from fluxcli.cli.calibrate import calibrate
 from fluxcli.cli.compare import compare
 from fluxcli.cli.gen import gen
-from fluxcli.cli.options import example, verbosity
-from fluxcli.cli.settings import say
+from fluxcli.cli.help import ending
+from fluxcli.cli.options import verbosity
+from fluxcli.cli.replay import replay
+from fluxcli.cli.settings import complain, say
 from fluxcli.cli.status import status
 from fluxcli.cli.streams import Unwritable
 from fluxcli.cli.verify import verify
@@ -29,10 +30,11 @@ class _Cli(click.Group):
     """Turns every error into a line or two on stderr and an exit code; -v shows the traceback too."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
+        streams.be_quiet(False)
         try:
             code = super().main(*args, **{**kwargs, "standalone_mode": False})
         except click.exceptions.NoArgsIsHelpError as error:
-            say(error.format_message())
+            complain(error.format_message())
             sys.exit(error.exit_code)
         except click.UsageError as error:
             path = error.ctx.command_path if error.ctx else "fluxcli"
@@ -57,14 +59,16 @@ class _Cli(click.Group):
             raise
         except Exception as error:
             if ctx.meta.get("fluxcli.verbose") and not isinstance(error, signals.Stopped):
-                say(traceback.format_exc().rstrip())
+                import traceback  # which takes milliseconds
+
+                complain(traceback.format_exc().rstrip())
             ctx.exit(_told(error))
 
 
 def _told(error: Exception) -> int:
     """Says what went wrong; the exit code."""
     if isinstance(error, signals.Stopped):
-        say(str(error))
+        complain(str(error))
         return error.exit_code
     if isinstance(error, Unwritable) and error.quiet:
         return error.exit_code
@@ -74,14 +78,32 @@ def _told(error: Exception) -> int:
 
 
 def _tell(message: str, exit_code: int) -> int:
-    say(f"Error: {message}")
+    complain(f"Error: {message}")
     return exit_code
 
 
 @click.group(
     cls=_Cli,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    epilog=example("fluxcli batch prompts.jsonl -o out", 'fluxcli gen "a green star on a white background"'),
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog=ending(
+        'fluxcli gen "a green star on a white background"',
+        "fluxcli batch prompts.jsonl -o out",
+        "fluxcli batch demo -o out",
+        exits={
+            0: "done",
+            1: "nothing more could be done; the message says what to do",
+            2: "wrong usage",
+            3: "done, but for rows that failed",
+            "130, 143": "stopped by Ctrl-C or SIGTERM",
+        },
+        environment={
+            "FLUXCLI_MODEL": "the default of --model",
+            "FLUXCLI_CACHE": "where compiled code is kept; else ~/.cache/fluxcli",
+            "HF_HOME": "where models from the hub are kept",
+            "HF_TOKEN": "by whose leave models come from the hub",
+            "NO_COLOR": "no colour",
+        },
+    ),
 )
 @click.version_option(__version__, prog_name="fluxcli")
 @verbosity
@@ -89,7 +111,7 @@ def cli() -> None:
     """Prompts in, FLUX.1 images and timing manifests out: fast, resumable, and never losing one."""
 
 
-for each in (gen, batch, warmup, bench, calibrate, status, verify, compare):
+for each in (gen, batch, warmup, bench, calibrate, status, verify, compare, replay):
     cli.add_command(each)
 
 

@@ -3,13 +3,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from fluxcli.cli.types import BatchSize, Device, Finite, Gpus, Lora, Numbers, Side
+from fluxcli.cli.streams import be_quiet
+from fluxcli.cli.types import BatchSize, Device, Finite, Gpus, InputFile, Local, Lora, Model, Numbers, Side, Whole
 from fluxcli.core import config
 
 if TYPE_CHECKING:
@@ -17,12 +18,18 @@ if TYPE_CHECKING:
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
-FILE = click.Path(dir_okay=False, path_type=Path)
+FILE = Local(dir_okay=False, path_type=Path)
+INPUT = InputFile()
 
 
 def _verbose(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     if value:
         ctx.meta["fluxcli.verbose"] = True
+
+
+def _quiet(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value:
+        be_quiet()
 
 
 class _Defaulted(click.Option):
@@ -34,11 +41,6 @@ class _Defaulted(click.Option):
 
 def choice(*values: str) -> click.Choice[str]:
     return click.Choice(values, case_sensitive=False)
-
-
-def example(*lines: str) -> str:
-    """The end of a command's help."""
-    return "\b\n" + "\n".join(["Example:", *(f"  {line}" for line in lines)])
 
 
 @dataclass(frozen=True)
@@ -122,10 +124,33 @@ def _group(name: str, kind: type[Any], *options: Decorator) -> Decorator:
     return decorate
 
 
-verbosity = click.option(
-    "-v", "--verbose", is_flag=True, expose_value=False, callback=_verbose, help="Show tracebacks of errors."
-)
+def _without(options: Decorator, **settled: Any) -> Decorator:
+    """A group less the options that would do nothing, whose values are `settled`."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        grouped = options(command)
+
+        @wraps(grouped)
+        def fewer(*args: Any, **given: Any) -> Any:
+            return grouped(*args, **given, **settled)
+
+        decorated: Any = fewer
+        decorated.__click_params__ = [each for each in decorated.__click_params__ if each.name not in settled]
+        return fewer
+
+    return decorate
+
+
+def verbosity(command: Callable[..., Any]) -> Callable[..., Any]:
+    flag = partial(click.option, is_flag=True, expose_value=False)
+    command = flag("-v", "--verbose", callback=_verbose, help="Show tracebacks of errors.")(command)
+    return flag("-q", "--quiet", callback=_quiet, help="Tell errors only: no progress, no summary.")(command)
+
+
 TEXT_LENGTHS = Numbers("text lengths", config.MAX_TEXT_LENGTH)
+device_option = click.option(
+    "--device", type=Device(), default="auto", show_default=True, help="Where it runs. auto: a GPU, if there is one."
+)
 machine_options = _group(
     "machine",
     Machine,
@@ -133,11 +158,11 @@ machine_options = _group(
         "-m",
         "--model",
         cls=_Defaulted,
-        metavar="MODEL",
+        type=Model(),
         envvar="FLUXCLI_MODEL",
         show_envvar=True,
-        help="Hub id, pipeline directory, single file (.safetensors, .gguf), tiny, or random:flux-dev.  "
-        "[default: FLUX.1-dev on a GPU, else tiny]",
+        help="Hub id, pipeline directory, single file, tiny, or random:flux-dev.  [default: FLUX.1-dev on a GPU, else "
+        "tiny]",
     ),
     click.option("--transformer", type=FILE, help="Single file with the denoiser, in place of the model's own."),
     click.option("--vae", type=FILE, help="Single file with the VAE."),
@@ -151,13 +176,7 @@ machine_options = _group(
         show_default=True,
         help="Of weights and activations. auto: bfloat16 on a GPU, float32 on a CPU.",
     ),
-    click.option(
-        "--device",
-        type=Device(),
-        default="auto",
-        show_default=True,
-        help="Where it runs. auto: a GPU, if there is one.",
-    ),
+    device_option,
     click.option(
         "--compile/--no-compile",
         default=None,
@@ -190,7 +209,7 @@ input_options = _group(
     Input,
     click.option(
         "--input-format",
-        type=click.Choice(("jsonl", "txt", "csv", "tsv")),
+        type=choice("jsonl", "txt", "csv", "tsv"),
         help="Of INPUT; jsonl may also be one JSON array.  [default: its suffix says; jsonl on standard input]",
     ),
     click.option("--prompt-column", metavar="NAME", help="The column or key that is the prompt.  [default: prompt]"),
@@ -199,22 +218,23 @@ input_options = _group(
 row_options = _group(
     "rows",
     Rows,
-    click.option("--width", type=Side(), help="Of an image whose row has none.  [default: the model's]"),
-    click.option("--height", type=Side(), help="Of an image whose row has none.  [default: the model's]"),
+    click.option("--width", type=Side(), help="Image width.  [default: the model's]"),
+    click.option("--height", type=Side(), help="Image height.  [default: the model's]"),
     click.option(
         "--steps",
-        type=click.IntRange(1, config.MAX_STEPS),
+        type=Whole(1, config.MAX_STEPS),
         metavar="N",
-        help="Denoising steps.  [default: the model's]",
+        help="Denoising steps of an image.  [default: the model's]",
     ),
     click.option("--guidance", type=Finite(), help="Guidance scale.  [default: 3.5 where the model takes one]"),
     click.option(
         "--seed",
-        type=click.IntRange(0, 2**64 - 1),
+        type=Whole(0, 2**64 - 1),
         default=0,
         show_default=True,
         metavar="N",
-        help="Of gen's first image; a row without one derives its own from this and its id.",
+        help="The first image's in gen, where seeds count up. In a job a row without a seed gets one from this and its "
+        "id.",
     ),
     click.option(
         "--lora",
@@ -232,15 +252,14 @@ row_options = _group(
         "models that are not distilled.",
     ),
 )
+shape_options = _without(row_options, guidance=None, seed=0)
 format_options = _group(
     "files",
     Files,
     click.option(
         "--format", type=choice(*config.FORMATS), default="png", show_default=True, help="Of the image files."
     ),
-    click.option(
-        "--quality", type=click.IntRange(1, 100), metavar="N", default=95, show_default=True, help="Of JPEG and WebP."
-    ),
+    click.option("--quality", type=Whole(1, 100), metavar="N", default=95, show_default=True, help="Of JPEG and WebP."),
 )
 step_cache_option = click.option(
     "--step-cache",

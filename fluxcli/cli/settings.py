@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from fluxcli.cli import streams
 from fluxcli.core import config
 from fluxcli.core.errors import UsageError
 from fluxcli.core.terminal import printable
@@ -21,6 +22,12 @@ if TYPE_CHECKING:
 
 def say(text: str) -> None:
     """Everything for people goes to stderr, as a terminal can safely show it; stdout carries results."""
+    if not streams.is_quiet():
+        complain(text)
+
+
+def complain(text: str) -> None:
+    """As `say`, of errors: whatever -q."""
     text = printable(text)
     try:
         click.echo(text, err=True)
@@ -41,7 +48,10 @@ def checkpoint_of(machine: "Machine", gpu: bool = False) -> "Checkpoint":
             say(f"no --model given: using {name}")
         else:
             name = "tiny"
-            say("no --model given and no CUDA GPU here: using the built-in tiny model")
+            say(
+                "no --model given and no CUDA GPU here: using the built-in tiny model, which draws only plain shapes, "
+                'for example "a red circle above a blue square"'
+            )
     return checkpoints.resolve(name, machine.revision, machine.files)
 
 

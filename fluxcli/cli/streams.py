@@ -19,6 +19,21 @@ class Unwritable(FluxcliError):
         self.quiet = isinstance(error, BrokenPipeError)
 
 
+class _Voice:
+    quiet = False  # -q: errors alone are told
+
+
+def be_quiet(quiet: bool = True) -> None:
+    """From here on only errors are told, by libraries too."""
+    _Voice.quiet = quiet
+    if quiet:
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+
+def is_quiet() -> bool:
+    return _Voice.quiet
+
+
 def protect() -> None:
     """Replaces this process's standard streams by ones that know what they are for."""
     for descriptor in (1, 2):

@@ -2,12 +2,23 @@
 
 import math
 import os
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from fluxcli.core.config import MOST_IMAGES
 from fluxcli.models.flux1.family import FLUX1
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
+_DEMO = Path(__file__).parents[1] / "demo.jsonl"
+_MODELS = (
+    *("tiny", "random:flux-dev", "random:flux-schnell"),
+    *("black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-schnell"),
+)
+_GPUS = "/proc/driver/nvidia/gpus"  # of this machine: torch, which knows too, takes seconds to ask
 
 
 class _Type(click.ParamType):  # type: ignore[type-arg,unused-ignore]
@@ -15,6 +26,50 @@ class _Type(click.ParamType):  # type: ignore[type-arg,unused-ignore]
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
         return self.name
+
+    def completed(self, incomplete: str, *values: str) -> "list[CompletionItem]":
+        """Those of the values that may be meant, for a shell."""
+        from click.shell_completion import CompletionItem
+
+        return [CompletionItem(value) for value in values if value.startswith(incomplete)]
+
+
+class Whole(click.IntRange):
+    """A whole number. Its help tells a range that a user may run into, and no other."""
+
+    def _describe_range(self) -> str:
+        return f"{self.min} to {self.max}" if self.max is not None and self.max < 2**32 else ""
+
+
+class Local(click.Path):
+    """A path of this machine; an address is none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if "://" in str(value):
+            self.fail(f"{value} is an address; fluxcli reads and writes files of this machine only", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+class InputFile(Local):
+    """Rows: a file, - for standard input, or demo for those that come with fluxcli."""
+
+    def __init__(self) -> None:
+        super().__init__(exists=True, dir_okay=False, allow_dash=True)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "demo" and (not os.path.exists(value) or os.path.isdir(value)):
+            value = str(_DEMO)
+        return super().convert(value, param, ctx)
+
+
+class Model(_Type):
+    name = "MODEL"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> "list[CompletionItem]":
+        """The models that have names, else files."""
+        from click.shell_completion import CompletionItem
+
+        return self.completed(incomplete, *_MODELS) or [CompletionItem(incomplete, type="file")]
 
 
 class Numbers(_Type):
@@ -72,6 +127,10 @@ class Device(_Type):
             self.fail(f"{value!r} is none of auto, cuda, cuda:N and cpu", param, ctx)
         return device
 
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> "list[CompletionItem]":
+        gpus = len(os.listdir(_GPUS)) if os.path.isdir(_GPUS) else 0
+        return self.completed(incomplete, "auto", "cpu", "cuda", *(f"cuda:{index}" for index in range(gpus)))
+
 
 class Gpus(_Type):
     """ "all", how many, or which."""
@@ -81,7 +140,7 @@ class Gpus(_Type):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str | int | list[int]:
         listed = isinstance(value, list | tuple)
         parts = [str(part).strip() for part in (value if listed else str(value).split(","))]
-        if parts == ["all"]:
+        if [part.lower() for part in parts] == ["all"]:
             return "all"
         if not parts or not all(part.isdecimal() and part.isascii() and len(part) < 6 for part in parts):
             self.fail(f"{value!r} is neither all, a number of GPUs, nor a list of them like 0,2,5", param, ctx)

@@ -9,19 +9,20 @@ from pathlib import Path
 
 import click
 
+from fluxcli.cli.help import Command, ending
 from fluxcli.cli.options import (
     FILE,
+    INPUT,
     Input,
     Machine,
     Processes,
     Rows,
     batch_size_option,
-    example,
     input_options,
     json_output,
     machine_options,
     process_options,
-    row_options,
+    shape_options,
     step_cache_option,
     text_lengths_option,
     verbosity,
@@ -32,12 +33,16 @@ from fluxcli.core import config
 
 
 @click.command(
-    epilog=example(
-        "fluxcli warmup prompts.jsonl --batch-size 16 --export cache.zip --key cache.key",
+    cls=Command,
+    epilog=ending(
+        "fluxcli warmup prompts.jsonl --batch-size 16",
+        "fluxcli warmup --size 1024x1024 --export cache.zip --key cache.key",
         "fluxcli warmup --import cache.zip --key cache.key",
-    )
+        exits={0: "all is ready", 1: "could not be made ready; the message says why", 2: "wrong usage"},
+        environment={"FLUXCLI_CACHE": "where compiled code is kept; else ~/.cache/fluxcli"},
+    ),
 )
-@click.argument("input", type=click.Path(exists=True, dir_okay=False, allow_dash=True), required=False)
+@click.argument("input", type=INPUT, required=False)
 @click.option("--size", "sizes", type=Size(), multiple=True, help="Instead of INPUT. May be given several times.")
 @click.option(
     "--export",
@@ -60,7 +65,7 @@ from fluxcli.core import config
 )
 @input_options
 @batch_size_option
-@row_options
+@shape_options
 @step_cache_option
 @text_lengths_option
 @machine_options
@@ -85,9 +90,10 @@ def warmup(
     processes: Processes,
     as_json: bool,
 ) -> None:
-    """Compile and cache what the shapes of INPUT, or of the given sizes, need.
+    """Compile and cache what a job's shapes need.
 
-    A later batch on the same shapes compiles nothing. With --import and neither INPUT nor --size nothing is compiled.
+    The shapes are those of INPUT, or of the given sizes. A later batch on the same shapes compiles nothing. With
+    --import and neither INPUT nor --size nothing is compiled.
     """
     from fluxcli.core.records import Group, WarmUp
     from fluxcli.engine.runtime import cache_archive, compile_cache, sealed

@@ -1,5 +1,5 @@
-"""Text from elsewhere made safe for a terminal: a prompt, a file's or a column's name may hold codes that move the
-cursor, change the title or turn the line around."""
+"""Text for people. What is from elsewhere is made safe for a terminal: a prompt, a file's or a column's name may hold
+codes that move the cursor, change the title or turn the line around."""
 
 import json
 import re
@@ -24,6 +24,11 @@ def show(value: Any) -> str:
     """A value for a message: as JSON, short."""
     text = printable(json.dumps(value, ensure_ascii=False, default=str))
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def counted(number: int, one: str, many: str = "") -> str:
+    """ "1 image", "2 images"; `many` where no s makes it."""
+    return f"{number} {one if number == 1 else many or f'{one}s'}"
 
 
 def _escaped(match: re.Match[str]) -> str:

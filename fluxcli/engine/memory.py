@@ -1,5 +1,5 @@
 """What a job needs of the GPU's memory and what there is: decided before anything is loaded, so that what cannot fit is
-said at once. On a CPU nothing is planned.
+said at once. On a CPU the weights alone are compared with the memory that is free.
 
 Weights are counted. The rest is estimated from the tensors that are alive at once, a little generously: the runner
 halves a batch that does not fit after all.
@@ -18,7 +18,9 @@ would gain nothing, for it would need the same room at each batch. Images are de
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -45,7 +47,7 @@ _CONTEXT = 2**30  # the embeddings kept, libraries' workspaces, the allocator's 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Where things are while a job runs. `needed` bytes of the `available` ones; both 0 on a CPU."""
+    """Where things are while a job runs. `needed` bytes of the `available` ones; both 0 where nothing is planned."""
 
     visiting_text: bool = False
     needed: int = 0
@@ -110,9 +112,11 @@ def plan(
         available: bytes; None for what this process may still take of the device.
 
     Raises:
-        OutOfMemory: one image of the largest shape does not fit, wherever T5 lives.
+        OutOfMemory: one image of the largest shape does not fit, wherever T5 lives; on a CPU, the weights do not.
     """
-    if not config.device.startswith("cuda") or not shapes:
+    if not config.device.startswith("cuda"):
+        return _on_host(checkpoint, config, host_free() if available is None else available)
+    if not shapes:
         return MemoryPlan()
     needs = Needs(checkpoint, DTYPES[config.dtype], config.fp8, config.step_cache)
     there = free(config.device) if available is None else available
@@ -129,6 +133,19 @@ def plan(
         f"--model {checkpoint.name} does not fit: one image of {largest.width}x{largest.height} with "
         f"{largest.text_length} text tokens needs {_gb(needed)} in {numbers}, T5 on the host, and {_gb(there)} of "
         f"{config.device} are free; use a GPU with more memory or smaller images"
+    )
+
+
+def _on_host(checkpoint: Checkpoint, config: EngineConfig, there: int | None) -> MemoryPlan:
+    if there is None:
+        return MemoryPlan()
+    needed = Needs(checkpoint, DTYPES[config.dtype], config.fp8).weights(visiting_text=False)
+    if needed <= there:
+        return MemoryPlan(False, needed, there)
+    half = config.dtype == "float32" and needed // 2 <= there
+    raise OutOfMemory(
+        f"--model {checkpoint.name} does not fit: its weights take {_gb(needed)} in {config.dtype}, and {_gb(there)} "
+        f"of this machine's memory are free; use {'--dtype bfloat16, ' if half else ''}a GPU or a larger machine"
     )
 
 
@@ -162,6 +179,23 @@ def free(device: str) -> int:
     share = int(total * torch.cuda.get_per_process_memory_fraction(device)) - held
     # What is held but not in use is free for us.
     return min(free, share) + held - torch.cuda.memory_allocated(device)
+
+
+def host_free(root: Path = Path("/")) -> int | None:
+    """Bytes that a process may still take of this machine's memory and swap, within its control group where that has a
+    limit; None where Linux does not tell."""
+    try:
+        text = (root / "proc/meminfo").read_text(encoding="ascii")
+    except OSError:
+        return None
+    told = {name: 1024 * int(rest.split()[0]) for name, rest in (line.split(":") for line in text.splitlines())}
+    there = told["MemAvailable"] + told["SwapFree"]
+    with suppress(OSError, ValueError):  # no group, or one that says "max"
+        group = root / "sys/fs/cgroup"
+        limit, used = (int((group / f"memory.{name}").read_text(encoding="ascii")) for name in ("max", "current"))
+        stat = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
+        there = min(there, limit - used + int(stat["inactive_file"]))  # files' pages can be dropped
+    return there
 
 
 def _gb(size: int) -> str:

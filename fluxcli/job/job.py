@@ -36,6 +36,7 @@ from fluxcli.job.run.signals import Stopped
 from fluxcli.job.run.totals import Run, Totals
 from fluxcli.job.run.writing import Writer
 from fluxcli.models.checkpoints import Checkpoint
+from fluxcli.models.scope import Scope
 from fluxcli.models.tokenizers import Tokenizers
 
 
@@ -143,6 +144,7 @@ class Job:
         machine: dict[str, Any],
         say: Callable[[str], None],
         tell: Callable[[int, dict[str, Any]], None] = lambda status, totals: None,
+        quiet: bool = False,
     ) -> tuple[int, dict[str, Any]]:
         """Does what is missing. Returns the exit code and the run's totals.
 
@@ -150,6 +152,7 @@ class Job:
             engines: what makes this process's, given every shape that it will have to run; or worker processes.
             machine: device, dtype and versions for runs.jsonl.
             tell: given what would be returned, where a signal ends the process before anything is in flight.
+            quiet: show no progress.
 
         Raises:
             FluxcliError: nothing more can be done; what was committed stays.
@@ -181,9 +184,9 @@ class Job:
                         store.take_in(run.input)
                         totals = run.totals
                         totals.rows, totals.done_before, totals.skipped = intake.rows, intake.done, intake.skipped
-                        for line in (*report.remark_lines(intake.tally), *report.failure_lines(intake.failures)):
+                        for line in (*report.remarks(intake), *report.failure_lines(intake.failures)):
                             say(line)
-                        self._make(run, intake, engines)
+                        self._make(run, intake, engines, quiet)
                         status = 3 if totals.failures or totals.skipped else 0
                     except Stopped as stopped:
                         status = stopped.exit_code
@@ -196,11 +199,13 @@ class Job:
                             run.record(status)
         return status, report.totals_data(run.totals)
 
-    def _make(self, run: Run, intake: Intake, engines: Callable[[list[ShapeKey]], Engine] | Workers) -> None:
+    def _make(
+        self, run: Run, intake: Intake, engines: Callable[[list[ShapeKey]], Engine] | Workers, quiet: bool
+    ) -> None:
         todo = self.plan(intake)
         run.planned, run.shapes = len(intake.groups), todo.shapes()
         cost = cache(partial(work, step_cache=self.defaults.step_cache))
-        with Progress(len(intake.groups), sum(map(cost, intake.groups))) as progress:
+        with Progress(len(intake.groups), sum(map(cost, intake.groups)), quiet=quiet) as progress:
             saver = Saver(run, progress, self.max_failures, cost)
             with signals.held():
                 saver.fail(intake.failures, attempted=False, whole=intake.with_row)
@@ -281,9 +286,12 @@ class Job:
         return given
 
     def _take_in(self, source: PromptFile, status: Status, say: Callable[[str], None]) -> Intake:
-        count = Tokenizers(self.checkpoint.tokenizers).count
+        scope = Scope(self.checkpoint)
+        count = scope.watching(Tokenizers(self.checkpoint.tokenizers).count)
         settings = (source, self.defaults, self.text_lengths, count, status, self.limit)
-        return take_in(*settings, partial(read_prompts, self.directory), folds_case(self.directory), Reading(say))
+        intake = take_in(*settings, partial(read_prompts, self.directory), folds_case(self.directory), Reading(say))
+        intake.remarks += scope.lines(intake.groups)
+        return intake
 
 
 def _known_fingerprint(directory: Path) -> str | None:

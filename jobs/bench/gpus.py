@@ -2,7 +2,7 @@
 
     python -m jobs.bench.gpus prompts.jsonl --model random:flux-dev --batch-size 16 --limit 128 --gpus 1,2
     python -m jobs.bench.gpus prompts.jsonl --model random:flux-dev --batch-size 16 --workers 1,2 --ray local
-    python -m jobs.bench.gpus jobs/demo.jsonl --model tiny --workers 1,2
+    python -m jobs.bench.gpus demo --model tiny --workers 1,2
 
 Every count runs once to fill the caches, in a directory that is thrown away, and `--rounds` times by turns. With
 `--kill` the last count runs once more, and loses a worker when half of the images are made; on a Ray cluster nothing is

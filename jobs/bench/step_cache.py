@@ -3,7 +3,7 @@
     python -m jobs.bench.step_cache meaning [--steps 28] [--cases 120]     the built-in model, unseen prompts, the judge
     python -m jobs.bench.step_cache distance [MODEL] [--size 1024x1024]    latents of random weights, any model
 
-Prints one JSON object; `readme_table` makes the README's table of those under results/step-cache-*.json.
+Prints one JSON object; `figures` makes the table of docs/figures.md of those under results/step-cache-*.json.
 """
 
 import argparse

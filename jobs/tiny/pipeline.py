@@ -8,17 +8,20 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
+from jobs.tiny.scenes import caption_words
 from jobs.tiny.vocabulary import CLIP_BOS, CLIP_EOS, CLIP_LENGTH, write_clip_tokenizer, write_t5_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 DIRECTORY = ROOT / "fluxcli" / "models" / "tiny"
 SIZE = 128  # pixels; 8x8 image tokens
 STEPS = 10
+STEPS_TRIED = [4, 28]  # and those between are as right: the step cache's tables in docs/figures.md
 TEXT_WIDTH = 128  # T5's width, the transformer's joint_attention_dim
 POOLED_WIDTH = 96  # CLIP's width, the transformer's pooled_projection_dim
 
@@ -130,12 +133,18 @@ def save(pipeline: FluxPipeline, directory: Path, dtype: torch.dtype = torch.bfl
     index |= {name: list(pipeline.config[name]) for name in sorted(pipeline.components) if pipeline.config[name][0]}
     index["tokenizer_2"] = ["transformers", "T5TokenizerFast"]
     _write_json(directory / "model_index.json", index)
-    _write_json(directory / "fluxcli.json", {"width": SIZE, "height": SIZE, "num_inference_steps": STEPS})
+    _write_json(directory / "fluxcli.json", suggestions())
     for path in directory.rglob("*.safetensors"):
         path.chmod(0o644)
     for path in directory.glob("*/*config.json"):
         data = json.loads(path.read_text(encoding="utf-8"))
         _write_json(path, {key: value for key, value in data.items() if key not in PROVENANCE})
+
+
+def suggestions() -> dict[str, Any]:
+    """What fluxcli.json says: the defaults of a row, the numbers of steps tried, and the words of captions."""
+    defaults = {"width": SIZE, "height": SIZE, "num_inference_steps": STEPS}
+    return {**defaults, "steps": STEPS_TRIED, "words": " ".join(sorted(caption_words()))}
 
 
 def _write_json(path: Path, data: dict) -> None:

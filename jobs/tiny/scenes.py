@@ -8,6 +8,7 @@ short prompt has one natural picture.
 from __future__ import annotations
 
 import random
+import re
 import zlib
 from dataclasses import dataclass
 from functools import cache
@@ -259,6 +260,13 @@ def caption(spec: Spec, rng: random.Random, style: str | None = None) -> str:
     style = style or rng.choices(("terse", "phrase", "sentence", "paragraph"), (0.2, 0.45, 0.22, 0.13))[0]
     text = {"terse": _terse, "phrase": _phrase, "sentence": _sentence, "paragraph": _paragraph}[style](spec, rng)
     return text if rng.random() < 0.5 else text[0].upper() + text[1:]
+
+
+def caption_words() -> set[str]:
+    """Every word that captions are made of, in small letters."""
+    rng = random.Random(0)
+    captions = (caption(sample_spec(rng), rng) for _ in range(30_000))
+    return {word for text in captions for word in re.findall(r"\w+", text.lower())}
 
 
 def plain_caption(spec: Spec) -> str:

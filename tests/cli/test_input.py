@@ -123,7 +123,7 @@ def test_a_job_over_a_packed_input_goes_on_grows_and_notices_what_moved(inside, 
     assert inside(*run, "--limit", 1).returncode == 0
     assert inside(*run).returncode == 3
     (failure,) = read_rows(tmp_path / "out" / "failures.jsonl")
-    assert (failure["line"], failure["error"]["message"]) == (2, "prompt is empty")
+    assert (failure["line"], failure["error"]["message"]) == (2, "text is empty"), "by the key that the row has"
     assert list(manifest(tmp_path / "out")) == ["000000", "000002"]
     pack(tmp_path / name, rows)
     before = manifest(tmp_path / "out")
@@ -243,7 +243,7 @@ def test_cut_prompts_are_counted_at_the_end(inside, tmp_path: Path) -> None:
     write_rows(tmp_path / "in.jsonl", [{"prompt": long, "n": 2}, {"prompt": "a"}])
     result = inside("batch", "in.jsonl", "-o", "out", *SMALL, "--json")
     assert result.json["truncated"] == 2
-    assert ", 2 truncated" in result.stderr
+    assert ", 2 with a truncated prompt" in result.stderr
     again = inside("batch", "in.jsonl", "-o", "out", *SMALL, "--json")
     assert again.json["truncated"] == 0
     assert "truncated" not in again.stderr

@@ -68,6 +68,11 @@ CASES: dict[str, tuple[tuple[Any, ...], int, tuple[str, ...]]] = {
         ("random:flux-pro", "random:flux-dev"),
     ),
     "a revision of what has none": (("gen", "a", *TINY, "--revision", "main"), 1, ("--revision",)),
+    "an output on a store": (("batch", "in.jsonl", "-o", "s3://bucket/out", *TINY), 2, ("s3://bucket/out", "-o")),
+    "a picture on a store": (("gen", "a", "-o", "gs://bucket/a.png", *TINY), 2, ("gs://bucket/a.png",)),
+    "an input on a store": (("batch", "s3://bucket/in.jsonl", *TINY), 2, ("s3://bucket/in.jsonl", "INPUT")),
+    "settings on a store": (("batch", "in.jsonl", "--config", "https://a/b.toml"), 2, ("https://a/b.toml",)),
+    "a job on a store": (("verify", "s3://bucket/out"), 2, ("s3://bucket/out",)),
     "an output below a file": (("batch", "in.jsonl", "-o", "in.jsonl/out", *SMALL), 1, ("in.jsonl",)),
 }
 
@@ -272,3 +277,40 @@ cli()
 def test_a_remark_is_told_once_and_those_of_libraries_are_not() -> None:
     done = subprocess.run([sys.executable, "-c", REMARKING], capture_output=True, text=True, env=ENVIRONMENT)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "Warning: quack is left out\n")
+
+
+def test_quiet_leaves_results_and_errors_alone(inside, tmp_path: Path) -> None:
+    write_rows(tmp_path / "in.jsonl", [{"prompt": "a photo", "sed": 1}, {"prompt": "a", "width": 100}])
+    done = inside("gen", "a photo", "-o", "a", *SMALL, "-q")
+    assert (done.returncode, done.stderr) == (0, "") and Path(tmp_path, done.stdout.strip()).is_file()
+    done = inside("batch", "in.jsonl", "-o", "out", *SMALL, "--quiet", "--json")
+    assert (done.returncode, done.stderr) == (3, "") and done.json["images"] == done.json["failures"] == 1
+    done = inside("batch", "nothere", "-q")
+    assert done.returncode == 2 and "nothere" in done.stderr
+    assert "loading" in inside("gen", "a", "-o", "b", *SMALL).stderr  # no longer quiet
+
+
+def test_what_is_no_setting_is_told_before_the_model_is_loaded(inside, tmp_path: Path) -> None:
+    write_rows(tmp_path / "in.jsonl", [{"prompt": "a photo of a cat", "sed": 1, "num_step": 2, "tag": "x"}])
+    lines = inside("batch", "in.jsonl", "-o", "out", *SMALL).stderr.splitlines()
+    told = lines[: next(number for number, line in enumerate(lines) if line.startswith("loading"))]
+    assert told[0] == (
+        "keys that are no settings, kept under meta: sed (1 row; did you mean seed?), "
+        "num_step (1 row; did you mean num_inference_steps?)"
+    )
+    assert told[1] == "tiny does not know the words photo, cat: it may draw an empty picture"
+    strict = inside("batch", "in.jsonl", "-o", "strict", *SMALL, "--strict")
+    assert strict.returncode == 0, strict.stderr  # a key is anybody's to keep
+
+
+def test_tiny_says_what_it_draws_where_nobody_chose_it(inside, tmp_path: Path) -> None:
+    done = inside("gen", "a red circle", "-o", "a")
+    first, *rest = done.stderr.splitlines()
+    assert first.startswith("no --model given and no CUDA GPU here") and 'for example "a red circle above' in first
+    assert rest == ["loading tiny (float32) on cpu"]
+
+
+def test_json_that_a_terminal_shows_has_no_code_in_it(inside, tmp_path: Path) -> None:
+    done = inside("gen", "a red circle", "-o", "\x9b31m\u202e", "-m", "tiny", "--json")
+    assert not {"\x9b", "\u202e"} & set(done.stdout)
+    assert done.json["images"][0]["file_name"].startswith("\x9b31m\u202e/")

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fluxcli.core.files import json_line
-from fluxcli.core.terminal import printable, printable_line
+from fluxcli.core.terminal import counted, printable, printable_line
 
 BIDI = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
 
@@ -37,3 +37,8 @@ def test_rows_of_json_hold_no_codes_and_lose_nothing(text: str) -> None:
     assert json.loads(line) == {"prompt": text}
     assert line.count(b"\n") == 1
     assert printable(line.decode()) == line.decode()
+
+
+def test_one_is_singular_and_nought_is_not() -> None:
+    assert [counted(number, "image") for number in (0, 1, 2)] == ["0 images", "1 image", "2 images"]
+    assert [counted(number, "batch", "batches") for number in (1, 2)] == ["1 batch", "2 batches"]

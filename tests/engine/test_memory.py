@@ -4,6 +4,7 @@ made up, and on a GPU real."""
 import gc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -96,9 +97,7 @@ def test_an_automatic_batch_is_the_largest_that_fits_up_to_16(monkeypatch: pytes
     assert LargestBatch(resolve("tiny"), EngineConfig("cpu", "float32", False))(group) == 16
 
 
-def test_nothing_is_planned_on_a_cpu_or_for_no_shapes() -> None:
-    cpu = EngineConfig("cpu", "float32", False)
-    assert plan(resolve("random:flux-dev"), cpu, [EIGHT], 1) == MemoryPlan()
+def test_nothing_is_planned_for_no_shapes() -> None:
     assert budget(1) == MemoryPlan()
 
 
@@ -234,3 +233,30 @@ def test_a_visiting_text_encoder_makes_the_same_pictures(pipeline, monkeypatch) 
         monkeypatch.setattr(memory, "plan", lambda *args, visiting=visiting: MemoryPlan(visiting))
         made.append(run(Engine(resolve(str(pipeline(DEV))), config), rows))
     assert (made[0] == made[1]).all()
+
+
+def test_on_a_cpu_the_weights_are_compared_with_the_memory_that_is_free() -> None:
+    cpu, dev = EngineConfig("cpu", "float32", False), resolve("random:flux-dev")
+    assert plan(dev, cpu, [ONE], int(70e9)).needed == pytest.approx(67.5e9, rel=0.01)
+    with pytest.raises(
+        OutOfMemory, match=r"its weights take 67\.5 GB in float32, and 40\.0 GB .* --dtype bfloat16, a GPU"
+    ):
+        plan(dev, cpu, [ONE], int(40e9))
+    with pytest.raises(OutOfMemory, match=r"and 16\.0 GB of this machine's memory are free; use a GPU or a larger"):
+        plan(dev, cpu, [], int(16e9))
+
+
+@pytest.mark.parametrize(("limit", "free"), [(None, 9000 * 1024), ("max", 9000 * 1024), ("6000000", 4_500_000)])
+def test_free_memory_is_what_linux_and_the_control_group_leave(limit: str | None, free: int, tmp_path: Path) -> None:
+    assert memory.host_free(tmp_path) is None
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc" / "meminfo").write_text(
+        "MemTotal: 9999 kB\nMemAvailable:   8000 kB\nSwapFree: 1000 kB\nHugePages_Total:       0\n"
+    )
+    if limit is not None:
+        group = tmp_path / "sys" / "fs" / "cgroup"
+        group.mkdir(parents=True)
+        (group / "memory.max").write_text(f"{limit}\n")
+        (group / "memory.current").write_text("2000000\n")
+        (group / "memory.stat").write_text("anon 1500000\ninactive_file 500000\n")
+    assert memory.host_free(tmp_path) == free

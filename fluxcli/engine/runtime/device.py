@@ -1,6 +1,8 @@
 """What "auto" means on this machine: device, dtype, and whether to compile."""
 
 import os
+import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -10,8 +12,9 @@ import torch
 
 from fluxcli.core import config
 from fluxcli.core.config import EngineConfig
-from fluxcli.core.errors import DeviceError
+from fluxcli.core.errors import DeviceError, Remark
 
+TORCH = ((2, 11), (2, 14))  # the first and the last release that the tests were run with
 _FP8 = (8, 9)  # the first compute capability that multiplies 8-bit floats
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in config.DTYPES}
@@ -42,6 +45,7 @@ def resolve(
     Raises:
         DeviceError: a GPU that is not there, or one that cannot do what is asked.
     """
+    _check_torch()
     if device == "auto":
         device = "cuda" if has_gpu() else "cpu"
     if device.startswith("cuda") and not elsewhere:
@@ -88,6 +92,19 @@ def machine(engine: EngineConfig) -> dict[str, Any]:
             **{package: metadata.version(package) for package in ("diffusers", "transformers")},
         },
     }
+
+
+def _check_torch() -> None:
+    """What pip would not install beside fluxcli may be here all the same: by --no-deps, or a package of the system."""
+    first, last = TORCH
+    release = tuple(map(int, re.findall("[0-9]+", torch.__version__)[:2]))
+    if not first <= release <= last:
+        tested = " to ".join(".".join(map(str, each)) for each in TORCH)
+        warnings.warn(
+            f"fluxcli is for torch {tested}, and {torch.__version__} is installed: what fails may fail for that",
+            Remark,
+            stacklevel=1,
+        )
 
 
 def _check_fp8(device: str, dtype: str) -> None:

@@ -66,6 +66,7 @@ class Intake:
     skipped: int = 0  # left out by `drop`
     prompts: "array[int]" = field(default_factory=lambda: array("q"))  # of each image: the first with its prompt
     failures: list[Failure] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)  # what its user should know of the model
     tally: Tally = field(init=False)
     _offset: "array[int]" = field(default_factory=lambda: array("q"))
     _digest: "array[int]" = field(default_factory=lambda: array("q"))

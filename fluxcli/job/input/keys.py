@@ -4,6 +4,8 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from difflib import get_close_matches
+from functools import cache
 from typing import Any, NamedTuple
 
 _SETTINGS = (
@@ -36,6 +38,17 @@ _FOREIGN_NAMES = """
 # Settings of other programs that change an image, without case, blanks, _ and -. Settings of ours so written belong
 # here too: numInferenceSteps is none.
 _FOREIGN = {*_FOREIGN_NAMES.split(), *(re.sub("[ _-]", "", name) for name in (*_SETTINGS, *_ALIASES) if len(name) > 1)}
+# What some of them would be here, so written.
+_MEANT_NAMES = {
+    "num_inference_steps": "numsteps numinferencestep inferencesteps samplingsteps denoisingsteps",
+    "guidance_scale": "distilledcfgscale distilledguidance guidancestrength",
+    "seed": "randomseed noiseseed seeds",
+    "width": "w widthpx imagewidth",
+    "height": "h heightpx imageheight",
+    "size": "imagesize resolution",
+    "num_images": "numoutputs numsamples niter",
+}
+_NEAR = 0.83  # of difflib: heigth, sed and promt are; side, guide and ids are not
 _MOST_NAMES = 1000  # kept apart when keys are counted
 _LONGEST_NAME = 60
 _CACHED = 1024  # kinds of rows
@@ -114,8 +127,28 @@ def _schema(names: tuple[str, ...], columns: Columns) -> Schema:
 
 
 def _looks_like_one(key: str) -> bool:
-    bare = re.sub(r"[\s_-]", "", key.lower().removeprefix(f"{BODY}."))
-    return bare in _FOREIGN and key.strip().lower() not in _SPELLINGS
+    return _bare(key) in _FOREIGN and key.strip().lower() not in _SPELLINGS
+
+
+def meant(key: str) -> str | None:
+    """The setting that a key which is none may be meant for: misspelt, or another program's name of it."""
+    bare, names = _bare(key), _bare_names()
+    if bare in names or len(bare) < 3:
+        return names.get(bare)
+    alike = [name for name in names if name[0] == bare[0] and len(name) > 2]
+    turned = [name for name in alike if sorted(name) == sorted(bare)]  # widht
+    near = turned or get_close_matches(bare, alike, 1, _NEAR)
+    return names[near[0]] if near else None
+
+
+@cache
+def _bare_names() -> dict[str, str]:
+    ours = {_bare(name): name for name in (*_SETTINGS, *_ALIASES)}
+    return ours | {name: ours_ for ours_, names in _MEANT_NAMES.items() for name in names.split()}
+
+
+def _bare(key: str) -> str:
+    return re.sub(r"[\s_-]", "", key.lower().removeprefix(f"{BODY}."))
 
 
 def with_body(row: dict[str, Any]) -> dict[str, Any]:

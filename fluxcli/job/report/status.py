@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fluxcli.core.errors import JobError
+from fluxcli.core.terminal import counted, printable_line
 from fluxcli.job.output import lock
 from fluxcli.job.output.committed import briefs
 from fluxcli.job.output.identity import Given, read_identity
@@ -34,13 +35,14 @@ class Status:
 
     def as_lines(self) -> str:
         by = f" ({self.owner})" if self.owner else ""
-        of = "" if self.missing is None else f" of {self.images + self.missing}"
-        line = (
-            f"{self.images}{of} images, {self.failed} failed, {'?' if self.missing is None else self.missing} missing"
-        )
+        if self.missing is None:
+            line = f"{counted(self.images, 'image')}, {self.failed} failed, nobody knows how many missing"
+        else:
+            all = self.images + self.missing
+            line = f"{self.images} of {counted(all, 'image')}, {self.failed} failed, {self.missing} missing"
         if self.seconds_left is not None:
             line += f"; about {clock(self.seconds_left)} left at {self.images_per_s:.2f} images/s"
-        return f"{self.directory}: {self.state}{by}\n{line}"
+        return f"{printable_line(self.directory)}: {self.state}{by}\n{line}"
 
 
 def status(directory: Path) -> Status:

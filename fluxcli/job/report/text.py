@@ -6,9 +6,9 @@ from typing import Any
 
 from fluxcli.core.records import Adapters, Failure, Group
 from fluxcli.core.step_cache import OFF, StepCache
-from fluxcli.core.terminal import printable_line
+from fluxcli.core.terminal import counted, printable_line
 from fluxcli.job.input.intake import Intake
-from fluxcli.job.input.keys import Tally
+from fluxcli.job.input.keys import Tally, meant
 from fluxcli.job.plan import Plan, work
 from fluxcli.job.run.totals import Totals
 
@@ -93,7 +93,8 @@ def plan_table(data: dict[str, Any]) -> str:
     ]
     lines = [*table(rows), ""]
     lines.append(
-        f"{data['rows']} rows: {data['images']} images to make in {data['batches']} batches, "
+        f"{counted(data['rows'], 'row')}: {counted(data['images'], 'image')} to make in "
+        f"{counted(data['batches'], 'batch', 'batches')}, "
         f"{data['done']} done, {data['failed']} failed, {data['truncated']} truncated"
     )
     lines.append(f"padding: {data['text_padding']:.1%} of text tokens, {data['batch_padding']:.1%} of images")
@@ -185,6 +186,15 @@ def remark_lines(tally: Tally) -> list[str]:
     return [f"rows ask for what fluxcli does not do: {_with_counts(asked, shown=20)}"] if asked else []
 
 
+def remarks(intake: Intake) -> list[str]:
+    """What a user should know of an input before it is drawn, beside bad rows. Keys that may be settings, misspelt, are
+    told and no more: a key is also anybody's to keep."""
+    asked = intake.tally.asked()
+    near = {key: rows for key, rows in intake.tally.unknown().items() if key not in asked and meant(key)}
+    told = [f"keys that are no settings, kept under meta: {_with_counts(near, shown=20)}"] if near else []
+    return [*remark_lines(intake.tally), *told, *intake.remarks]
+
+
 def totals_data(totals: Totals) -> dict[str, Any]:
     return {
         "images": totals.images,
@@ -207,23 +217,36 @@ def totals_lines(data: dict[str, Any], stopped: bool = False, limit: int | None 
             return ""
         if not data["rows"]:
             return "nothing to do: " + ("--limit 0 takes no rows" if limit == 0 else "the input has no rows")
-        if not data["skipped"]:
-            return f"nothing to do: {data['done_before']} images were done before"
-    made = f"{data['images']} images in {data['seconds']:.1f} s ({data['images_per_s']:.2f} images/s)"
-    before = f", {data['truncated']} truncated" if data["truncated"] else ""
-    before += f", {data['done_before']} were done before" if data["done_before"] else ""
-    before += f", {data['skipped']} skipped that failed before" if data["skipped"] else ""
+        return f"nothing to do: {', '.join(_before(data))}"
+    if not data["images"]:
+        return ", ".join([f"{counted(data['failures'], 'row')} failed, and no image was made", *_before(data)])
+    told = [
+        f"{counted(data['images'], 'image')} in {data['seconds']:.1f} s ({data['images_per_s']:.2f} images/s)",
+        f"{data['failures']} failed",
+        *([f"{data['truncated']} with a truncated prompt"] if data["truncated"] else []),
+        *_before(data),
+    ]
     stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in data["stages_s"].items())
-    return (
-        f"{made}, {data['failures']} failed{before}\ntime by stage: {stages}; getting ready {data['warm_up_s']:.1f} s"
-    )
+    return f"{', '.join(told)}\ntime by stage: {stages}; getting ready {data['warm_up_s']:.1f} s"
+
+
+def _before(data: Mapping[str, Any]) -> list[str]:
+    """What earlier runs did."""
+    done, skipped = data["done_before"], data["skipped"]
+    told = [f"{counted(done, 'image')} {'was' if done == 1 else 'were'} done before"] if done else []
+    return told + ([f"{counted(skipped, 'row')} skipped that failed before"] if skipped else [])
 
 
 def _with_counts(counts: Mapping[str, int], shown: int | None = None) -> str:
     """Names with their rows: each once, the commonest first."""
     named = sorted(counts.items(), key=lambda item: -item[1])
-    told = [f"{printable_line(name)} ({count} row{'s' if count > 1 else ''})" for name, count in named[:shown]]
+    told = [f"{printable_line(name)} ({counted(count, 'row')}{_hint(name)})" for name, count in named[:shown]]
     return ", ".join(told) + (f" and {len(named) - len(told)} more" if len(told) < len(named) else "")
+
+
+def _hint(key: str) -> str:
+    setting = meant(key)
+    return f"; did you mean {setting}?" if setting else ""
 
 
 def _denoising(intake: Intake) -> float:

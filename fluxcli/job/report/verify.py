@@ -17,6 +17,7 @@ import numpy as np
 
 from fluxcli.core.errors import JobError
 from fluxcli.core.files import kind_of
+from fluxcli.core.terminal import counted
 from fluxcli.job.output import lock, rows, sound
 from fluxcli.job.output.identity import Given, read_identity
 from fluxcli.job.output.log import RowLog
@@ -74,7 +75,9 @@ class Verdict:
         if len(self.problems) > shown:
             lines.append(f"and {len(self.problems) - shown} more problems")
         still = f", {self.missing} still to make" if self.missing else ""
-        lines.append(f"{self.directory}: {self.images} good images, {len(self.problems)} problems{still}")
+        lines.append(
+            f"{self.directory}: {counted(self.images, 'good image')}, {counted(len(self.problems), 'problem')}{still}"
+        )
         return "\n".join(lines)
 
 

@@ -1,6 +1,7 @@
 """How a running job shows itself on stderr: a bar on a terminal, else a line now and then."""
 
 import contextlib
+import os
 import sys
 import threading
 import time
@@ -22,10 +23,17 @@ class Progress:
 
     Args:
         work: what all of them cost, in any unit; without it they are taken to cost the same.
+        quiet: show and say nothing.
     """
 
-    def __init__(self, total: int, work: float | None = None, clock: Callable[[], float] = time.monotonic) -> None:
-        self._total, self._clock = total, clock
+    def __init__(
+        self,
+        total: int,
+        work: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        quiet: bool = False,
+    ) -> None:
+        self._total, self._clock, self._quiet = total, clock, quiet
         self._work = self._left = float(total) if work is None else work
         self._done = self._failed = 0
         self._started = self._last_line = clock()
@@ -35,8 +43,8 @@ class Progress:
     def start(self) -> None:
         self._started = self._last_line = self._clock()
         self._left = self._work  # rows that could not be read are none of it
-        if sys.stderr.isatty():
-            self._bar = _Bar(total=self._total, unit="img", file=sys.stderr, dynamic_ncols=True, bar_format=_FORMAT)
+        if sys.stderr.isatty() and not self._quiet:
+            self._bar = _Bar(total=self._total, unit="img", file=sys.stderr, bar_format=_FORMAT, **_size())
 
     def __enter__(self) -> "Progress":
         return self
@@ -67,11 +75,23 @@ class Progress:
 
     def say(self, text: str) -> None:
         """A line of text beside the bar."""
+        if self._quiet:
+            return
         text = printable(text)
         if self._bar is not None:
             self._bar.write(text, file=sys.stderr)
         else:
             print(text, file=sys.stderr, flush=True)
+
+    def stopping(self, batches: int, work: float, seconds: float) -> str:
+        """What a stop is told while so many batches are in flight, which cost `work` and began `seconds` ago."""
+        if not batches:
+            return "stopping when the last files are saved; again quits now"
+        done, left = self._work - self._left, ""
+        if done > 0:
+            left = f" (about {max(1, round((self._clock() - self._started) * work / done - seconds))} s)"
+        what = "batch" if batches == 1 else f"{batches} batches"
+        return f"stopping after the {what} in flight{left}; again quits now"
 
     def _line(self) -> str:
         rate = self._done / max(self._clock() - self._started, 1e-9)
@@ -96,6 +116,15 @@ class _Bar(tqdm):  # type: ignore[misc]
     @property
     def format_dict(self) -> dict[str, Any]:
         return {**super().format_dict, "left": self.left}
+
+
+def _size() -> dict[str, Any]:
+    """As wide as the terminal; where that says it has no columns, as new ones do, as most are."""
+    try:
+        known = os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    except OSError:
+        known = False
+    return {"dynamic_ncols": True} if known else {"ncols": 79, "nrows": 24}
 
 
 class Reading:

@@ -25,6 +25,8 @@ class Runner:
         self._saver, self._progress = saver, progress
         self._index = 0
         self._submitted: dict[int, Work] = {}  # by batch index
+        self._lanes: dict[int, Lane] = {}  # those that hold them
+        self._since = 0.0  # when the last one began, or another's end let it begin
 
     def prepare(self, open_lanes: Callable[[], Lanes]) -> Lanes:
         """Lanes that are ready to begin."""
@@ -43,7 +45,7 @@ class Runner:
         start = time.perf_counter()
         self._progress.start()
         try:
-            with self._saver:
+            with self._saver, signals.in_flight(self._stopping):
                 self._drive(lanes)
         finally:
             self._run.totals.seconds = time.perf_counter() - start
@@ -74,14 +76,27 @@ class Runner:
         mask = self._intake.defaults.step_cache.mask(steps)
         records = self._intake.records(planned.rows)
         batch = Batch(self._index, planned.key, steps, records, mask, planned.adapters)
-        self._submitted[self._index] = work
+        if not self._submitted:
+            self._since = time.perf_counter()
+        self._submitted[self._index], self._lanes[self._index] = work, lane
         self._index += 1
         lane.submit(batch, alone=work.suspect)
         return True
 
+    def _stopping(self) -> str:
+        """Called by a signal, between any two instructions of `_drive`."""
+        oldest = {id(lane): index for index, lane in reversed(self._lanes.items())}
+        # One lane makes what is queued in it too; of several each leaves that.
+        held = oldest.values() if len(oldest) > 1 else self._submitted
+        rows = [row for index in held for row in self._submitted[index].planned.rows]
+        cost = sum(self._saver.work(self._intake.groups[row]) for row in rows)
+        return self._progress.stopping(len(held), cost, time.perf_counter() - self._since)
+
     def _settle(self, lanes: Lanes) -> None:
         for each in lanes.wait():
+            self._since = time.perf_counter()
             work = self._submitted.pop(each.batch.index)
+            del self._lanes[each.batch.index]
             if isinstance(each, Made):
                 self._saver.add(each)
             elif each.kind == "worker_died":

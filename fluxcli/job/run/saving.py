@@ -9,6 +9,7 @@ from types import TracebackType
 
 from fluxcli.core.errors import FluxcliError
 from fluxcli.core.records import Batch, Failure, Group, PromptRecord, Timing
+from fluxcli.core.terminal import counted
 from fluxcli.job.output.rows import ManifestRow
 from fluxcli.job.run.lanes import Made
 from fluxcli.job.run.progress import Progress
@@ -38,7 +39,7 @@ class Saver:
         max_failures: int | None = None,
         work: Callable[[Group], float] = lambda group: 1.0,
     ) -> None:
-        self._run, self._progress, self._max_failures, self._work = run, progress, max_failures, work
+        self._run, self._progress, self._max_failures, self.work = run, progress, max_failures, work
         self._placed = 0
         self._commits: deque[Future[None]] = deque()
         self._failing = threading.Lock()
@@ -93,7 +94,7 @@ class Saver:
         if self._max_failures is not None and totals.failures > self._max_failures:
             first = failures[0]
             raise TooManyFailures(
-                f"{totals.failures} rows failed, more than --max-failures {self._max_failures} "
+                f"{counted(totals.failures, 'row')} failed, more than --max-failures {self._max_failures} "
                 f"(line {first.line}: {first.message}); see failures.jsonl in {store.directory}"
             )
 
@@ -110,7 +111,7 @@ class Saver:
             self._run.totals.truncated += made.batch.records[slot].truncated
         self._run.store.commit(written, rows)
         self._run.totals.images += len(rows)
-        self._progress.advance(len(rows), work=len(rows) * self._work(made.batch.records[0].group))
+        self._progress.advance(len(rows), work=len(rows) * self.work(made.batch.records[0].group))
         self.fail(failures)
 
     def _row(self, batch: Batch, slot: int, saved: Saved, timing: Timing, worker: int | None) -> ManifestRow:

@@ -44,6 +44,7 @@ class _State:
         self.installed = False
         self.held = 0
         self.last_words: Callable[[Stopped], None] = _last_words
+        self.in_flight: Callable[[], str] | None = None
 
 
 _state = _State()  # the process's: signals know no other scope
@@ -95,17 +96,42 @@ def last_words(say: Callable[[Stopped], None]) -> Iterator[None]:
         _state.last_words = before
 
 
+@contextlib.contextmanager
+def in_flight(words: Callable[[], str]) -> Iterator[None]:
+    """Has `words()` told when a signal is noted, since what is held may take a while; and that a second one does not
+    wait for it. Called as `last_words` are."""
+    before, _state.in_flight = _state.in_flight, words
+    try:
+        yield
+    finally:
+        _state.in_flight = before
+
+
 def _on_signal(number: int, frame: FrameType | None) -> None:
-    if _state.received is not None or os.getpid() != _state.owner:
+    if os.getpid() != _state.owner:
+        os._exit(128 + number)
+    if _state.received is not None:
+        if _state.in_flight:
+            _tell_beside(number, "quitting now; what is committed stays. Run the same command again to go on.")
         os._exit(128 + number)
     _state.received = number
     if not _state.held:
         _leave(number)
+    elif _state.in_flight:
+        with contextlib.suppress(Exception):  # it is no more than a word
+            _tell_beside(number, _state.in_flight())
+
+
+def _tell_beside(number: int, line: str) -> None:
+    """Tells it on a line of its own: a terminal has echoed ^C, beside a bar or not."""
+    tell(f"\n{line}" if number == signal.SIGINT and os.isatty(2) else line)
 
 
 def _leave(number: int) -> None:
     try:
         _end_children()
+        if number == signal.SIGINT and os.isatty(2):
+            os.write(2, b"\n")
         _state.last_words(Stopped(number))
     except BaseException as error:
         tell(f"Error: {error}")

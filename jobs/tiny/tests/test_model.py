@@ -3,6 +3,7 @@
 How the settings of fluxcli bear on adherence is the matter of tests/models/tiny/test_adherence.py.
 """
 
+import json
 import random
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ import torch
 from diffusers import FluxPipeline
 
 from jobs.tiny.evaluate import cases, draw, score
-from jobs.tiny.pipeline import DIRECTORY
+from jobs.tiny.pipeline import DIRECTORY, suggestions
 from jobs.tiny.scenes import place, render
 from jobs.tiny.train import reconstruction
 
@@ -56,3 +57,7 @@ def test_cases_are_reproducible_and_judged_right_when_rendered() -> None:
     rows = torch.tensor([place(case.spec, random.Random(case.seed)) for case in wanted])
     images = (render(rows) * 255).round().byte().permute(0, 2, 3, 1).numpy()
     assert score(list(images), wanted)["right"] == 1
+
+
+def test_what_it_says_of_itself_is_what_its_captions_are_made_of() -> None:
+    assert json.loads((DIRECTORY / "fluxcli.json").read_text(encoding="utf-8")) == suggestions()

@@ -2,6 +2,8 @@
 
 import io
 import re
+import sys
+import textwrap
 import time
 
 import pytest
@@ -11,6 +13,7 @@ from fluxcli.core.step_cache import REUSED, StepCache
 from fluxcli.job.plan import work
 from fluxcli.job.run import progress as module
 from fluxcli.job.run.progress import Progress, Reading, told_if_slow
+from tests import terminal
 from tests.core.test_step_cache import DEV
 
 
@@ -101,3 +104,60 @@ def test_what_takes_long_is_told_once_it_does(monkeypatch: pytest.MonkeyPatch) -
         pass
     time.sleep(0.4)
     assert said == ["reading"]
+
+
+def test_a_stop_is_told_how_long_the_batch_in_flight_takes() -> None:
+    now = 0.0
+    progress = Progress(100, 1000.0, clock=lambda: now)
+    progress.start()
+    assert progress.stopping(1, 80.0, 3.0) == "stopping after the batch in flight; again quits now"  # nothing to go by
+    now = 60.0
+    progress.advance(10, work=120.0)
+    assert progress.stopping(1, 80.0, 10.0) == "stopping after the batch in flight (about 30 s); again quits now"
+    assert progress.stopping(4, 80.0, 39.9) == "stopping after the 4 batches in flight (about 1 s); again quits now"
+    assert progress.stopping(0, 0.0, 0.0) == "stopping when the last files are saved; again quits now"
+
+
+@pytest.mark.parametrize("columns", [0, 40, 80, 200])
+def test_the_bar_writes_no_blank_line_whatever_the_terminal_says_of_itself(columns: int) -> None:
+    """A new pseudo-terminal, as those of CI and of some editors, says that it has 0 columns."""
+    text = shown(
+        columns,
+        """
+        import time
+        with Progress(8) as progress:
+            progress.start()
+            for _ in range(4):
+                time.sleep(0.11)
+                progress.advance(2)
+            progress.say("a word")
+    """,
+    )
+    lines = text.replace("\r\n", "\n").split("\n")
+    assert lines.pop() == ""
+    assert all(line.strip() for line in lines), lines
+    assert any("8/8" in line for line in lines)
+    width = columns or 80
+    assert max(len(part) for line in lines for part in line.split("\r")) <= width
+
+
+def test_what_is_quiet_shows_no_bar_and_says_nothing() -> None:
+    assert (
+        shown(
+            80,
+            """
+        with Progress(2, quiet=True) as progress:
+            progress.start()
+            progress.advance(2)
+            progress.say("a word")
+            progress.end()
+    """,
+        )
+        == ""
+    )
+
+
+def shown(columns: int, code: str) -> str:
+    """What the code writes to a terminal so wide."""
+    whole = f"from fluxcli.job.run.progress import Progress\n{textwrap.dedent(code)}"
+    return terminal.run([sys.executable, "-c", whole], columns).text

@@ -59,6 +59,26 @@ def test_a_second_signal_ends_what_is_held() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
+def test_what_is_in_flight_is_told_at_the_first_signal_and_at_the_second_that_it_is_not_waited_for() -> None:
+    done = run("""
+        with signals.in_flight(lambda: "stopping after the batch"), signals.held():
+            stop()
+            print("held", flush=True)
+            stop(signal.SIGINT)
+            print("went on")
+    """)
+    assert (done.returncode, done.stdout) == (130, "held\n")
+    assert done.stderr.splitlines() == [
+        "stopping after the batch",
+        "quitting now; what is committed stays. Run the same command again to go on.",
+    ]
+
+
+def test_words_that_fail_stop_nothing() -> None:
+    done = run("with signals.in_flight(lambda: 1 / 0), signals.held():\n    stop()\nprint(signals.noted())")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")
+
+
 def test_the_last_words_are_those_of_the_work_that_is_under_way() -> None:
     done = run("""
         with signals.last_words(lambda stopped: print("wrong")):

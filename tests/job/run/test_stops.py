@@ -68,7 +68,8 @@ def test_a_stop_before_the_first_batch(number: signal.Signals, phase: str, tmp_p
         monkeypatch.setattr(PromptFile, "scan", interrupted)
     said, told = tmp_path / "said", tmp_path / "told"
     assert stopped(lambda: run(rows, directory, make, told), said) == 128 + number
-    assert said.read_text() == (
+    lines = [line for line in said.read_text().splitlines(True) if not line.startswith("tiny ")]
+    assert "".join(lines) == (
         f"stopped by {number.name}; everything finished is committed. Run the same command again to go on.\n"
     )
     assert told.read_text() == f"{128 + number} 0 3"

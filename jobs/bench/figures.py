@@ -1,8 +1,8 @@
-"""Writes the README's figures from the recorded results, `jobs/bench/results/bench-*.json` (what `fluxcli bench --json`
-printed) and `step-cache-*.json` (what `jobs/bench/step_cache.py` did), each between two comments of the README. A test
-says whether it is up to date.
+"""Writes the tables of docs/figures.md from the recorded results, `bench-*.json` (of `fluxcli bench`) and
+`step-cache-*.json` (of `jobs/bench/step_cache.py`), each between two comments of it. A test says whether it is up to
+date.
 
-    python -m jobs.bench.readme_table
+    python -m jobs.bench.figures
 """
 
 import json
@@ -12,11 +12,11 @@ from pathlib import Path
 from fluxcli.bench import table
 
 ROOT = Path(__file__).parents[2]
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "figures.md"
 RESULTS = ROOT / "jobs" / "bench" / "results"
-BEGIN, END = "<!-- figures: written by jobs/bench/readme_table.py -->", "<!-- end of figures -->"
+BEGIN, END = "<!-- figures: written by jobs/bench/figures.py -->", "<!-- end of figures -->"
 _COLUMNS = {"name", "steps", "evaluated", "mask", "grey_levels", "psnr", "error"}  # the rest are kinds of prompts
-CACHE_BEGIN, CACHE_END = "<!-- step cache: written by jobs/bench/readme_table.py -->", "<!-- end of step cache -->"
+CACHE_BEGIN, CACHE_END = "<!-- step cache: written by jobs/bench/figures.py -->", "<!-- end of step cache -->"
 
 
 def figures(paths: Sequence[Path]) -> str:
@@ -64,19 +64,19 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---:"] * len(head), *body))
 
 
-def written(readme: str, figures: str, begin: str = BEGIN, close: str = END) -> str:
-    """The README with these figures in the place of its own."""
-    before, _, rest = readme.partition(begin)
+def written(page: str, figures: str, begin: str = BEGIN, close: str = END) -> str:
+    """The page with these figures in the place of its own."""
+    before, _, rest = page.partition(begin)
     _, end, after = rest.partition(close)
     if not end:
-        raise ValueError(f"{README.name} has no place for figures: it lacks {begin!r} and {close!r}")
+        raise ValueError(f"{PAGE.name} has no place for figures: it lacks {begin!r} and {close!r}")
     return f"{before}{begin}\n\n{figures}\n\n{close}{after}"
 
 
-def up_to_date(readme: str) -> str:
-    """The README with all figures as they are recorded."""
-    readme = written(readme, figures(recorded()))
-    return written(readme, step_cache(recorded("step-cache")), CACHE_BEGIN, CACHE_END)
+def up_to_date(page: str) -> str:
+    """The page with all figures as they are recorded."""
+    page = written(page, figures(recorded()))
+    return written(page, step_cache(recorded("step-cache")), CACHE_BEGIN, CACHE_END)
 
 
 def recorded(kind: str = "bench") -> list[Path]:
@@ -84,4 +84,4 @@ def recorded(kind: str = "bench") -> list[Path]:
 
 
 if __name__ == "__main__":
-    README.write_text(up_to_date(README.read_text(encoding="utf-8")), encoding="utf-8")
+    PAGE.write_text(up_to_date(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
