@@ -11,7 +11,8 @@ from typing import Any, Protocol, cast
 from fluxcli.core.config import RowDefaults
 from fluxcli.core.errors import RowError
 from fluxcli.core.records import Failure, Group, PromptRecord
-from fluxcli.job.input.check import Checked, check_row, default_id, derived_seed, images_of
+from fluxcli.job.input.check import Checked, check_row, derived_seed, images_of
+from fluxcli.job.input.ids import Ids, TakenId
 from fluxcli.job.input.keys import NO_COLUMNS, Columns, Tally, schema_of
 from fluxcli.job.input.moved import Moved
 from fluxcli.job.input.read import RawRow, finite
@@ -21,7 +22,6 @@ TokenCounter = Callable[[list[str]], list[int]]
 Status = Callable[[PromptRecord], str | None]
 _CHUNK = 1024  # prompts tokenized at once
 _MANY_CHANGED = 1000
-_BY_NUMBER = re.compile(r"([0-9]{6,20})(?:-(0|[1-9][0-9]*))?")  # an id that a row without one may have
 _OPTIONS_IN_TEXT = re.compile(
     r"(?:^|\s)--(?:prompt|negative_prompt|seed|steps|width|height|cfg_scale|sampler_name|batch_size|n_iter)\s"
 )
@@ -172,7 +172,7 @@ def take_in(
     """
     ask = cast(Callable[[Checked], str | None], status)  # which looks at settings alone: both have them
     intake = Intake(source, defaults, text_lengths)
-    ids = _Ids(folds_case)
+    ids = Ids(folds_case)
     moved = Moved()
     first_with: dict[int, int] = {}  # by hash: should two prompts share one, they would only be neighbours
     chunk: list[tuple[RawRow, list[tuple[int, Checked]]]] = []
@@ -249,66 +249,9 @@ def _jsonable(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else finite(value)
 
 
-class TakenId(RowError):
-    """An earlier row has the id."""
-
-
 def _failure(error: RowError, raw: RawRow) -> Failure:
     at = None if isinstance(raw.value, RowError) else (raw.offset, raw.digest)
     return Failure(error.id, raw.line, error.kind, str(error), at=at)
-
-
-class _Ids:
-    """The ids of earlier rows: of those without one of their own two bytes each, so that millions need megabytes."""
-
-    def __init__(self, folds_case: bool) -> None:
-        self._own: set[str] = set()
-        self._copies = array("H")  # by row number: how many images have an id by that number
-        self._folded: dict[str, str] | None = {} if folds_case else None
-
-    def add(self, records: Sequence[Checked], number: int, own: bool) -> None:
-        """Takes in a row's ids, all or none.
-
-        Raises:
-            RowError: one is an earlier row's, or would share its file.
-        """
-        ids = [record.id for record in records]
-        if (own and self._numbered) or not self._own.isdisjoint(ids):
-            taken = next((id for id in ids if id in self._own or self._is_number(id)), None)
-            if taken is not None:
-                raise TakenId(f"id {taken} is already used by an earlier row", id=taken)
-        if self._folded is not None:
-            self._fold(ids)
-        if own:
-            self._own.update(ids)
-        else:
-            self._copies.extend([0] * (number - len(self._copies)))
-            self._copies.append(len(ids))
-
-    @property
-    def _numbered(self) -> bool:
-        return len(self._copies) > 0
-
-    def _is_number(self, id: str) -> bool:
-        """Whether it is the id of an earlier row that has none of its own."""
-        match = _BY_NUMBER.fullmatch(id)
-        number = int(match[1]) if match else len(self._copies)
-        if match is None or number >= len(self._copies) or default_id(number) != match[1]:
-            return False
-        copies = self._copies[number]
-        return copies == 1 if match[2] is None else copies > 1 and int(match[2]) < copies
-
-    def _fold(self, ids: Sequence[str]) -> None:
-        assert self._folded is not None
-        folded = [id.lower() for id in ids]
-        for id, name in zip(ids, folded, strict=True):
-            if earlier := self._folded.get(name):
-                raise RowError(
-                    f"id {id} and the earlier {earlier} would be one file here, where names that differ only by case "
-                    "are one; give one another id",
-                    id=id,
-                )
-        self._folded.update(zip(folded, ids, strict=True))
 
 
 def _was_done(record: Checked, status: Callable[[Checked], str | None], defaults: RowDefaults) -> bool:
