@@ -109,7 +109,7 @@ class Model:
         given: dict[str, Any] = {"width": width, "height": height, "steps": steps, "guidance": guidance, "seed": seed}
         given |= {"negative_prompt": negative_prompt, "true_cfg_scale": true_cfg_scale, "lora": lora}
         defaults = _row_defaults(self._checkpoint, given, self._step_cache)
-        records = single.requested(prompt, seed, n, defaults, self._tokenizers, self._text_lengths)
+        records = single.requested([prompt], seed, n, defaults, self._tokenizers, self._text_lengths)
         images = []
         for part, result in single.made(self._engine, records, batch_size, defaults.step_cache):
             for record, finite, pixels in zip(part, result.finite, result.pixels, strict=True):
@@ -152,6 +152,7 @@ class Job:
     negative_prompt: str | None = None
     true_cfg_scale: float = 1.0
     seed: int = 0
+    num_images: int = 1
     lora: "Lora" = ()
     format: Literal["png", "jpg", "webp"] = "png"
     quality: int = 95
@@ -159,6 +160,7 @@ class Job:
     strict: bool = False
     max_failures: int | None = None
     retry_failed: bool = True
+    append: bool = False
     gpus: "Literal['all'] | int | Sequence[int] | None" = None
     workers: int | None = None
     ray: str | None = None
@@ -180,6 +182,7 @@ class Job:
         _one_of("format", self.format, config.FORMATS)
         _between("quality", self.quality, 100)
         _between("batch_size", self.batch_size, config.MOST_IMAGES)
+        _between("num_images", self.num_images, config.MOST_IMAGES_OF_ROW)
         if self.workers is not None:
             _between("workers", self.workers, config.MOST_WORKERS)
         several = worker.processes(_gpus(self.gpus), self.workers, self.ray, self.device)
@@ -202,7 +205,10 @@ class Job:
             Path(self.output),
             checkpoint,
             engine,
-            _row_defaults(checkpoint, {name: getattr(self, name) for name in _OF_ROWS}, cache),
+            replace(
+                _row_defaults(checkpoint, {name: getattr(self, name) for name in _OF_ROWS}, cache),
+                num_images=self.num_images,
+            ),
             text_lengths=_buckets(self.text_lengths),
             image=config.ImageFormat(self.format, self.quality),
             batch_size=self.batch_size,
@@ -210,6 +216,7 @@ class Job:
             strict=self.strict,
             max_failures=self.max_failures,
             retry_failed=self.retry_failed,
+            append=self.append,
         )
 
         def own(shapes: "Sequence[ShapeKey]") -> Engine:

@@ -2,14 +2,17 @@
 
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import tomllib
 from pathlib import Path
 
+import click
 import pytest
 
 from fluxcli import __version__
+from fluxcli.cli.main import cli
 from fluxcli.engine.runtime import device
 
 ROOT = Path(__file__).parents[1]
@@ -31,6 +34,23 @@ def test_files_that_a_document_names_exist(path: Path) -> None:
     assert all(target.exists() for target in links), links
     missing = [name for name in inside if not (ROOT / name).exists() and not (ROOT / "fluxcli" / name).exists()]
     assert not missing
+
+
+SCRIPTS = re.findall(r"```sh\n(.*?)```", (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8"), re.S)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script[:40])
+def test_a_recipe_is_shell_and_its_commands_can_be_meant(script: str) -> None:
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    for name, words in re.findall(r"fluxcli ([a-z]+)((?: (?![|&;])\S+?)+)(?=;| [|&]|\n|$)", script):
+        command = cli.commands[name]
+        with click.Context(command, help_option_names=["-h", "--help"]) as context:  # which the command keeps
+            _, rest, _ = command.make_parser(context).parse_args(shlex.split(words))
+        assert rest == []
+
+
+def test_the_recipes_have_scripts() -> None:
+    assert sum("fluxcli " in script for script in SCRIPTS) >= 5
 
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)

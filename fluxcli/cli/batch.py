@@ -1,5 +1,6 @@
 """`fluxcli batch`."""
 
+import sys
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -32,6 +33,7 @@ from fluxcli.cli.settings import batch_sizes, load_engine, say, settings
 from fluxcli.cli.streams import is_quiet
 from fluxcli.cli.types import Local, Whole
 from fluxcli.core import config
+from fluxcli.core.errors import UsageError
 
 
 @click.command(
@@ -54,7 +56,7 @@ from fluxcli.core import config
     "-o",
     "--output",
     type=Local(file_okay=False, path_type=Path),
-    help="The job's directory.  [default: out/INPUT]",
+    help="The job's directory; standard input needs one.  [default: out/INPUT]",
 )
 @click.option(
     "--config",
@@ -66,6 +68,15 @@ from fluxcli.core import config
 )
 @input_options
 @batch_size_option
+@click.option(
+    "-n",
+    "--num-images",
+    type=Whole(1, config.MOST_IMAGES_OF_ROW),
+    metavar="N",
+    default=1,
+    show_default=True,
+    help="Images of a row that has no number of its own, as ID-0, ID-1, ...",
+)
 @click.option("--limit", type=Whole(0), metavar="N", help="Use the first N rows only.")
 @format_options
 @click.option("--dry-run", is_flag=True, help="Show the plan; make nothing.")
@@ -74,6 +85,7 @@ from fluxcli.core import config
 @click.option(
     "--retry-failed/--no-retry-failed", default=True, show_default=True, help="Try rows again that failed before."
 )
+@click.option("--append", is_flag=True, help="Add the rows of another input to the job in the directory.")
 @click.option("--force", is_flag=True, help="If the directory holds another job, start over in a new one beside it.")
 @row_options
 @step_cache_option
@@ -90,12 +102,14 @@ def batch(
     output: Path | None,
     reading: Input,
     batch_size: int | str,
+    num_images: int,
     limit: int | None,
     files: Files,
     dry_run: bool,
     strict: bool,
     max_failures: int | None,
     retry_failed: bool,
+    append: bool,
     force: bool,
     rows: Rows,
     step_cache: str,
@@ -114,12 +128,14 @@ def batch(
     from fluxcli.core.files import json_text
     from fluxcli.engine.runtime import device
     from fluxcli.job.input.keys import Columns
-    from fluxcli.job.input.read import job_name
+    from fluxcli.job.input.read import is_descriptor, job_name
     from fluxcli.job.job import Job
     from fluxcli.job.report import text as report
     from fluxcli.job.report.forecast import forecast
     from fluxcli.worker import processes as chosen_processes
 
+    if output is None and is_descriptor(input):
+        raise UsageError("rows from a stream have no name to call a job by: give -o DIR")
     several = chosen_processes(processes.gpus, processes.workers, processes.ray, machine.device)
     if several is not None:
         ctx.call_on_close(several.close)
@@ -131,7 +147,7 @@ def batch(
         output or Path("out") / job_name(input),
         checkpoint,
         engine_config,
-        defaults,
+        replace(defaults, num_images=num_images),
         text_lengths,
         config.ImageFormat(files.format, files.quality),
         batch_sizes(batch_size, checkpoint, engine_config),
@@ -141,6 +157,8 @@ def batch(
         retry_failed,
         reading.input_format,
         Columns(reading.prompt_column, reading.id_column),
+        append,
+        tuple(sys.argv),
     )
     if force:
         moved = job.in_free_directory()

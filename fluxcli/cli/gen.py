@@ -1,6 +1,8 @@
 """`fluxcli gen`."""
 
 import os
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,11 @@ from fluxcli.cli.options import (
 from fluxcli.cli.settings import batch_sizes, load_engine, say, settings
 from fluxcli.cli.types import Local, Whole
 from fluxcli.core import config
+from fluxcli.core.terminal import show
 from fluxcli.job.run import signals
+
+_MOST_PROMPTS = 10_000
+_MOST_BYTES = 16 * 2**20
 
 
 class _Prompted(Command):
@@ -39,6 +45,31 @@ class _Prompted(Command):
                 hint = 'a prompt that begins with - goes last, after --: fluxcli gen -- "-1 degrees"'
                 raise click.UsageError(f"{error.format_message().rstrip('.')}; {hint}", ctx) from error
             raise
+
+
+def _texts(ctx: click.Context, param: click.Parameter, prompts: tuple[str, ...]) -> list[str]:
+    """The prompts, those of standard input in the place of -."""
+    found: list[str] = []
+    for prompt in prompts:
+        found += _lines() if prompt == "-" else [_text(ctx, param, prompt)]
+        if len(found) > _MOST_PROMPTS:
+            raise click.BadParameter(f"more than {_MOST_PROMPTS} prompts are a job: fluxcli batch", ctx, param)
+    if not found:
+        raise click.BadParameter("standard input holds no prompt", ctx, param)
+    return found
+
+
+def _lines() -> list[str]:
+    """Prompts from standard input, one a line; blank lines are none."""
+    data = sys.stdin.buffer.read(_MOST_BYTES + 1)
+    if len(data) > _MOST_BYTES:
+        raise click.UsageError(
+            f"standard input: more than {_MOST_BYTES // 2**20} MiB of prompts are a job: fluxcli batch"
+        )
+    try:
+        return [line for line in re.split("[\r\n]", data.decode("utf-8-sig")) if line.strip()]
+    except UnicodeDecodeError as error:
+        raise click.UsageError(f"standard input: is not valid UTF-8: {error}") from error
 
 
 def _text(ctx: click.Context, param: click.Parameter, prompt: str) -> str:
@@ -66,7 +97,7 @@ def _text(ctx: click.Context, param: click.Parameter, prompt: str) -> str:
         },
     ),
 )
-@click.argument("prompt", callback=_text)
+@click.argument("prompts", metavar="PROMPT...", nargs=-1, required=True, callback=_texts)
 @click.option(
     "-n",
     "--num-images",
@@ -74,7 +105,7 @@ def _text(ctx: click.Context, param: click.Parameter, prompt: str) -> str:
     metavar="N",
     default=1,
     show_default=True,
-    help="How many; seeds count up.",
+    help="Of each prompt; seeds count up.",
 )
 @click.option(
     "-o",
@@ -95,7 +126,7 @@ def _text(ctx: click.Context, param: click.Parameter, prompt: str) -> str:
 def gen(
     ctx: click.Context,
     /,
-    prompt: str,
+    prompts: list[str],
     num_images: int,
     output: Path,
     rows: Rows,
@@ -106,29 +137,32 @@ def gen(
     machine: Machine,
     as_json: bool,
 ) -> None:
-    """Make images of one PROMPT and print their paths."""
+    """Make images of each PROMPT and print their paths.
+
+    - is standard input, a prompt on each line.
+    """
     from fluxcli.core.files import json_text
     from fluxcli.core.records import Failure
     from fluxcli.job import single
     from fluxcli.job.output.committed import record_settings
     from fluxcli.job.output.images import comment_truncated
-    from fluxcli.job.plan import size_of
     from fluxcli.models.scope import Scope
     from fluxcli.models.tokenizers import Tokenizers
 
     checkpoint, engine_config, defaults = settings(machine, rows, step_cache=step_cache)
-    image = config.ImageFormat(single.check_output(output, num_images) or files.format, files.quality)
+    image = config.ImageFormat(single.check_output(output, len(prompts) * num_images) or files.format, files.quality)
     tokenizers = Tokenizers(checkpoint.tokenizers)
-    records = single.requested(prompt, rows.seed, num_images, defaults, tokenizers, text_lengths)
+    records = single.requested(prompts, rows.seed, num_images, defaults, tokenizers, text_lengths)
     cache, steps = defaults.step_cache, defaults.num_inference_steps
-    tokens, text_length = records[0].text_tokens, records[0].text_length
-    if records[0].truncated:
-        say(f"the prompt has {tokens} tokens and is cut to {text_length}")
+    for record in records[::num_images]:
+        if record.truncated:
+            which = "the prompt" if len(prompts) == 1 else show(record.prompt)
+            say(f"{which} has {record.text_tokens} tokens and is cut to {record.text_length}")
     scope = Scope(checkpoint)
-    scope.look_at([prompt])
-    for line in scope.lines([records[0].group]):
+    scope.look_at(prompts)
+    for line in scope.lines([record.group for record in records]):
         say(line)
-    size = size_of(batch_sizes(batch_size, checkpoint, engine_config), records[0].group)
+    size = batch_sizes(batch_size, checkpoint, engine_config)
     made: list[dict[str, Any]] = []
     failed: list[dict[str, Any]] = []
 
@@ -149,7 +183,7 @@ def gen(
                     say(f"seed {record.seed}: {outcome.message}; nothing is written for it")
                     failed.append({"seed": record.seed, "error": outcome.as_row()["error"]})
                     continue
-                text = {"text_tokens": tokens, "text_length": text_length, "truncated": record.truncated}
+                text = {name: getattr(record, name) for name in ("text_tokens", "text_length", "truncated")}
                 made.append({"file_name": str(outcome), **record_settings(record), **cache.told(steps), **text})
                 if comment_truncated(image, record, checkpoint.label):
                     made[-1]["comment_truncated"] = True

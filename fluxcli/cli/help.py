@@ -7,12 +7,12 @@ import click
 # Heading -> its options, in the order in which they are shown. An option that stands nowhere comes last.
 HEADINGS = {
     "Files": "output save format quality",
-    "Job": "config dry_run strict max_failures retry_failed force",
+    "Job": "config append dry_run strict max_failures retry_failed force",
     "Input": "limit input_format prompt_column id_column",
     "Images": "num_images sizes width height steps guidance seed lora negative_prompt true_cfg_scale",
     "Measuring": "vs cold_start worst",
     "Carrying the cache": "export import_ key",
-    "Repair": "repair yes",
+    "Repair": "repair yes complete",
     "Model": "model transformer vae text_encoder text_encoder_2 revision dtype quantization",
     "Speed": "batch_size batch_sizes text_lengths step_cache compile attention",
     "Machine": "device gpus workers ray",

@@ -18,6 +18,7 @@ from fluxcli.cli.help import ending
 from fluxcli.cli.options import verbosity
 from fluxcli.cli.replay import replay
 from fluxcli.cli.settings import complain, say
+from fluxcli.cli.status import status
 from fluxcli.cli.streams import Unwritable
 from fluxcli.cli.verify import verify
 from fluxcli.cli.warmup import warmup
@@ -110,7 +111,7 @@ def cli() -> None:
     """Prompts in, FLUX.1 images and timing manifests out: fast, resumable, and never losing one."""
 
 
-for each in (gen, batch, warmup, bench, calibrate, verify, compare, replay):
+for each in (gen, batch, warmup, bench, calibrate, status, verify, compare, replay):
     cli.add_command(each)
 
 

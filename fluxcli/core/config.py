@@ -15,6 +15,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 QUANTIZATION = ("none", "fp8")
 ATTENTION = ("cudnn", "fa4", "fa3", "fa2", "sdpa")
 MOST_WORKERS = 256  # processes of a job
+MOST_IMAGES_OF_ROW = 10_000
 MAX_STEPS = 1000  # denoising steps that a row may ask for
 FORMATS = ("png", "jpg", "webp")
 
@@ -25,9 +26,10 @@ def _no_adapter(path: str, scale: float) -> Adapter:
 
 @dataclass(frozen=True)
 class RowDefaults:
-    """What an input row gets where it says nothing, and the step cache, which a row has no say in. `guidance_scale` is
-    None where the model takes none. There is true CFG where there is a negative prompt and a scale above 1. `adapter`
-    looks a file up, by path and scale, that a row names; ModelError where the model cannot take it."""
+    """What an input row gets where it says nothing, and the step cache, which a row has no say in. `num_images` is how
+    many a row becomes. `guidance_scale` is None where the model takes none. There is true CFG where there is a negative
+    prompt and a scale above 1. `adapter` looks a file up, by path and scale, that a row names; ModelError where the
+    model cannot take it."""
 
     width: int
     height: int
@@ -39,6 +41,7 @@ class RowDefaults:
     adapter: Callable[[str, float], Adapter] = field(default=_no_adapter, compare=False)
     negative_prompt: str | None = None
     true_cfg_scale: float = 1.0
+    num_images: int = 1
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,8 @@ class PromptRecord:
 
     `guidance_scale` is None where the model takes none. `line` counts from 1 in the input. `text_tokens` is the
     prompt's full T5 length, or the negative prompt's if that is longer; `text_length` the bucket both are padded (or,
-    if `truncated`, cut) to. `negative_prompt` is None, and `true_cfg_scale` 1, without true CFG.
+    if `truncated`, cut) to. `negative_prompt` is None, and `true_cfg_scale` 1, without true CFG. `row` is the input's
+    row without id, seed and number of images.
     """
 
     id: str
@@ -99,6 +100,7 @@ class PromptRecord:
     negative_prompt: str | None = None
     true_cfg_scale: float = 1.0
     adapters: Adapters = ()
+    row: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def branches(self) -> int:
@@ -179,12 +181,21 @@ class WarmUp:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """One row of failures.jsonl, before the store numbers its attempt and run."""
+    """One row of failures.jsonl, before the store numbers its attempt and run. `row` is what to give for it again; `at`
+    where the input has it, as (offset, digest)."""
 
     id: str | None
     line: int
     kind: str
     message: str
+    row: dict[str, Any] | None = field(default=None, repr=False, compare=False)
+    at: tuple[int, int] | None = field(default=None, repr=False, compare=False)
+
+    @classmethod
+    def of(cls, record: PromptRecord, kind: str, message: str) -> "Failure":
+        """Of an image that was tried: its row asks for this one image, of the same seed."""
+        return cls(record.id, record.line, kind, message, {"id": record.id, **record.row, "seed": record.seed})
 
     def as_row(self) -> dict[str, Any]:
-        return {"id": self.id, "line": self.line, "error": {"type": self.kind, "message": self.message}}
+        error = {"type": self.kind, "message": self.message}
+        return {"id": self.id, "line": self.line, "error": error, "row": self.row}

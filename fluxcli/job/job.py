@@ -14,6 +14,7 @@ from fluxcli.core.config import EngineConfig, ImageFormat, RowDefaults
 from fluxcli.core.errors import InputError, JobError
 from fluxcli.core.files import folds_case
 from fluxcli.core.records import ShapeKey
+from fluxcli.core.terminal import printable_line
 from fluxcli.job.fleet.fleet import Destination, Fleet
 from fluxcli.job.fleet.process import Workers
 from fluxcli.job.input.intake import Intake, Status, take_in
@@ -21,7 +22,7 @@ from fluxcli.job.input.keys import NO_COLUMNS, Columns
 from fluxcli.job.input.read import Format, PromptFile
 from fluxcli.job.output.committed import committed_status, read_committed, read_prompts
 from fluxcli.job.output.failed import Failed, read_failed
-from fluxcli.job.output.identity import check_identity
+from fluxcli.job.output.identity import Given, check_identity, read_identity
 from fluxcli.job.output.sink import utc_now
 from fluxcli.job.output.store import JobStore
 from fluxcli.job.plan import BatchSize, Plan, padded_sizes, plan, size_of, work
@@ -37,6 +38,10 @@ from fluxcli.job.run.writing import Writer
 from fluxcli.models.checkpoints import Checkpoint
 from fluxcli.models.scope import Scope
 from fluxcli.models.tokenizers import Tokenizers
+
+
+class AnotherInput(JobError):
+    """The directory is another input's."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,8 @@ class Job:
     retry_failed: bool = True
     format: Format | None = None
     columns: Columns = NO_COLUMNS
+    append: bool = False  # whether another input may go into the directory
+    argv: tuple[str, ...] = ()  # as the command line had it, for runs.jsonl
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -79,6 +86,7 @@ class Job:
             "guidance": self.defaults.guidance_scale,
             **({"true_cfg_scale": self.defaults.true_cfg_scale} if self.defaults.true_cfg_scale > 1 else {}),
             **({"negative_prompt": negative} if (negative := self.defaults.negative_prompt) is not None else {}),
+            **({"num_images": self.defaults.num_images} if self.defaults.num_images > 1 else {}),
             "seed": self.defaults.seed,
             "format": self.image.name,
             "quality": None if self.image.lossless else self.image.quality,
@@ -97,7 +105,7 @@ class Job:
         job, number = self, 1
         while True:
             try:
-                check_identity(job.directory, job.identity)
+                check_identity(job.directory, job.identity, job.input)
                 return job
             except JobError:
                 number += 1
@@ -114,10 +122,11 @@ class Job:
         Raises:
             InputError: a bad row, or one that asks for what is not done, where the job is strict.
         """
-        check_identity(self.directory, self.identity)
-        failed = Failed() if self.retry_failed else read_failed(self.directory)
-        status = committed_status(read_committed(self.directory))
+        check_identity(self.directory, self.identity, self.input)
+        failed, committed = read_failed(self.directory), read_committed(self.directory)
+        status = committed_status(committed)
         intake = self._accepted(source, status, lambda id, line: (id, line) in failed, say)
+        self._check_input(source, intake, len(committed), failed)
         return intake, self.plan(intake)
 
     def whole_plan(self, source: PromptFile, say: Callable[[str], None] = lambda text: None) -> Plan:
@@ -154,9 +163,9 @@ class Job:
                 # Looked at before a directory is made for it.
                 intake = self._accepted(source, lambda record: None, lambda id, line: False, say)
             with told_if_slow(say, f"{self.directory}: reading what is done"):
-                store = JobStore(self.directory, self.identity, self.image.suffix, say)
+                store = JobStore(self.directory, self.identity, self.image.suffix, say, self.input)
             with closing(store):
-                run, status = Run(store, machine, Totals(done_before=store.images)), 1
+                run, status = Run(store, machine, Totals(done_before=store.images), argv=self.argv), 1
 
                 def stop(stopped: Stopped) -> None:
                     say(f"{stopped}; everything finished is committed. Run the same command again to go on.")
@@ -171,6 +180,8 @@ class Job:
                     try:
                         if intake is None or store.images:
                             intake = self._accepted(source, store.status, store.failed_before, say)
+                        run.input = self._check_input(source, intake, store.images, store.failed)
+                        store.take_in(run.input)
                         totals = run.totals
                         totals.rows, totals.done_before, totals.skipped = intake.rows, intake.done, intake.skipped
                         for line in (*report.remarks(intake), *report.failure_lines(intake.failures)):
@@ -180,6 +191,9 @@ class Job:
                     except Stopped as stopped:
                         status = stopped.exit_code
                         stop(stopped)
+                    except AnotherInput:
+                        run.recorded = True  # a start that was refused is none
+                        raise
                     finally:
                         with signals.held():
                             run.record(status)
@@ -194,7 +208,7 @@ class Job:
         with Progress(len(intake.groups), sum(map(cost, intake.groups)), quiet=quiet) as progress:
             saver = Saver(run, progress, self.max_failures, cost)
             with signals.held():
-                saver.fail(intake.failures, attempted=False)
+                saver.fail(intake.failures, attempted=False, whole=intake.with_row)
             if not len(todo):
                 return
             runner = Runner(run, intake, todo, saver, progress)
@@ -248,6 +262,28 @@ class Job:
             for line in report.remark_lines(intake.tally):
                 raise InputError(f"{source.name}: {line}; {stop}")
         return intake
+
+    def _check_input(self, source: PromptFile, intake: Intake, images: int, failed: Failed) -> Given:
+        """The input, held against the one that the directory was last given.
+
+        Raises:
+            AnotherInput: it has another path, another text, and none of the images or failed rows that are there.
+        """
+        todo = len(intake.groups) + len(intake.failures) + intake.skipped
+        given = Given(source.path, source.sha256, intake.rows, images + todo)
+        known = read_identity(self.directory)
+        last = known.input if known else None
+        if self.append or last is None or not images or intake.done or not intake.rows:
+            return given
+        if last.sha256 == given.sha256 or (last.path is not None and last.path == given.path):
+            return given
+        if not source.has_id(failed.ids()):
+            theirs = f"a job of {printable_line(last.path or 'a stream')}"
+            raise AnotherInput(
+                f"{self.directory}: holds {theirs}, and {source.name} has none of its rows; choose another -o, or "
+                "--append adds them"
+            )
+        return given
 
     def _take_in(self, source: PromptFile, status: Status, say: Callable[[str], None]) -> Intake:
         scope = Scope(self.checkpoint)

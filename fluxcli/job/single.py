@@ -1,7 +1,8 @@
-"""`fluxcli gen`: one prompt, a few images, plain files; no job directory."""
+"""`fluxcli gen`: a few prompts, a few images, plain files; no job directory."""
 
 import re
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 
 from fluxcli.core.config import ImageFormat, RowDefaults
@@ -11,6 +12,7 @@ from fluxcli.core.records import Batch, Failure, Images, PromptRecord, ShapeKey
 from fluxcli.core.step_cache import StepCache
 from fluxcli.job.input.intake import OneRow, take_in
 from fluxcli.job.output import images
+from fluxcli.job.plan import BatchSize, size_of
 from fluxcli.job.run import signals
 from fluxcli.job.run.lanes import Engine
 from fluxcli.models.tokenizers import Tokenizers
@@ -23,32 +25,46 @@ _SUFFIXES = {".png": "png", ".jpg": "jpg", ".jpeg": "jpg", ".webp": "webp"} | di
 
 
 def requested(
-    prompt: str, seed: int, count: int, defaults: RowDefaults, tokenizers: Tokenizers, text_lengths: Sequence[int]
+    prompts: Sequence[str],
+    seed: int,
+    count: int,
+    defaults: RowDefaults,
+    tokenizers: Tokenizers,
+    text_lengths: Sequence[int],
 ) -> list[PromptRecord]:
-    """One prompt as records, seeds counting up.
+    """Prompts as records, `count` of each, seeds counting up from the same.
 
     Raises:
         UsageError: what a row of a job would fail for.
     """
-    row = OneRow({"prompt": prompt, "seed": seed, "num_images": count})
-    intake = take_in(row, defaults, tuple(text_lengths), tokenizers.count)
-    for failure in intake.failures:
-        raise UsageError(failure.message)
-    return intake.records(range(len(intake.groups)))
+    records = []
+    for prompt in prompts:
+        row = OneRow({"prompt": prompt, "seed": seed, "num_images": count})
+        intake = take_in(row, defaults, tuple(text_lengths), tokenizers.count)
+        for failure in intake.failures:
+            raise UsageError(failure.message)
+        records += intake.records(range(len(intake.groups)))
+    return records
 
 
-def shapes(records: Sequence[PromptRecord], batch_size: int) -> list[ShapeKey]:
+def batches(records: Sequence[PromptRecord], batch_size: BatchSize) -> Iterator[list[PromptRecord]]:
+    """The records in their order, those together that may share a batch."""
+    for group, same in groupby(records, lambda record: record.group):
+        several, size = [*same], size_of(batch_size, group)
+        yield from (several[start : start + size] for start in range(0, len(several), size))
+
+
+def shapes(records: Sequence[PromptRecord], batch_size: BatchSize) -> list[ShapeKey]:
     """The shapes that `generate` runs, in its order."""
-    return [_key(records[start : start + batch_size]) for start in range(0, len(records), batch_size)]
+    return [_key(part) for part in batches(records, batch_size)]
 
 
 def made(
-    engine: Engine, records: Sequence[PromptRecord], batch_size: int, step_cache: StepCache
+    engine: Engine, records: Sequence[PromptRecord], batch_size: BatchSize, step_cache: StepCache
 ) -> Iterator[tuple[Sequence[PromptRecord], Images]]:
     """The records' images, batch by batch."""
-    steps = records[0].num_inference_steps
-    for index, start in enumerate(range(0, len(records), batch_size)):
-        part = records[start : start + batch_size]
+    for index, part in enumerate(batches(records, batch_size)):
+        steps = part[0].num_inference_steps
         batch = Batch(index, _key(part), steps, part, step_cache.mask(steps), part[0].adapters)
         yield part, engine.submit(batch).result()
 
@@ -56,7 +72,7 @@ def made(
 def generate(
     engine: Engine,
     records: Sequence[PromptRecord],
-    batch_size: int,
+    batch_size: BatchSize,
     step_cache: StepCache,
     output: Path,
     format: ImageFormat,
@@ -80,11 +96,11 @@ def _save(
     result: Images, slot: int, record: PromptRecord, output: Path, format: ImageFormat, model: str
 ) -> Path | Failure:
     if not result.finite[slot]:
-        return Failure(record.id, record.line, "non_finite", "the model's output is not finite")
+        return Failure.of(record, "non_finite", "the model's output is not finite")
     try:
         data = images.encode(result.pixels[slot], format, record, model)
     except Exception as error:
-        return Failure(record.id, record.line, "encode_error", first_line(error))
+        return Failure.of(record, "encode_error", first_line(error))
     return _write(data, output, record, format)
 
 

@@ -195,9 +195,12 @@ def test_failures_tell_line_id_type_and_message(mixed: Job) -> None:
         "error": {"type": "invalid_row", "message": "width must be a multiple of 16, got 100"},
         "attempt": 1,
         "run": 0,
+        "row": {"id": "000002", "prompt": "bad", "width": 100},
     }
     assert [row["line"] for row in rows] == [4, 5, 7, 8]
-    assert all(list(row) == ["id", "line", "error", "attempt", "run"] for row in rows)
+    keys = ["id", "line", "error", "attempt", "run", "row"]
+    assert [list(row) for row in rows] == [keys, keys[:-1], keys, keys], "a line that is no row has none"
+    assert rows[2]["row"] == INPUT[6]
     assert rows[1]["id"] is None
     assert "JSON" in rows[1]["error"]["message"]
     assert "own-1" in rows[2]["error"]["message"]
@@ -298,6 +301,22 @@ def test_a_rerun_retries_failed_rows_and_makes_those_put_right(inside, mixed: Jo
     assert "line 5:" in result.stderr and "3 failed" in result.stderr
     before = read_rows(mixed.directory / "failures.jsonl")
     assert read_rows(home / "out" / "failures.jsonl") == before, "rows that are bad as before were not attempted anew"
+
+
+def test_failures_are_an_input_again(inside, mixed: Job, tmp_path: Path) -> None:
+    home = copy_of(mixed.home, tmp_path)
+    failures = home / "out" / "failures.jsonl"
+    mended = failures.read_text(encoding="utf-8").replace('"width": 100}', '"width": 96}').replace('"ugly"', '""')
+    (home / "mended.jsonl").write_text(mended, encoding="utf-8")
+    result = inside("batch", "mended.jsonl", "-o", "out", *SMALL, cwd=home)
+    assert result.returncode == 3, result.stderr
+    assert "line 2: a failure that carries no row" in result.stderr
+    rows = read_rows(home / "out" / "manifest.jsonl")
+    assert sorted((row["id"], row["width"]) for row in rows[5:]) == [("000002", 96), ("000006", 64)]
+    unchanged = inside("batch", "out/failures.jsonl", "-o", "fresh", *SMALL, cwd=home)
+    assert unchanged.returncode == 3
+    bad = read_rows(home / "fresh" / "failures.jsonl")
+    assert [row["row"] for row in bad if "row" in row][:1] == [{"id": "000002", "prompt": "bad", "width": 100}]
 
 
 def test_no_retry_failed_leaves_failed_rows_alone(inside, mixed: Job, tmp_path: Path) -> None:
@@ -403,9 +422,30 @@ def test_limit_formats_and_a_table_as_input(inside, tmp_path: Path) -> None:
         assert (image.format, image.size) == ("WEBP", (64, 64))
 
 
+def test_rows_without_a_number_of_their_own_have_as_many_images_as_n_says(inside, tmp_path: Path) -> None:
+    write_rows(tmp_path / "in.jsonl", [{"id": "a", "prompt": "x"}, {"id": "b", "prompt": "y", "n": 1}])
+    result = inside("batch", "in.jsonl", "-o", "out", "-n", 3, *SMALL)
+    assert result.returncode == 0, result.stderr
+    rows = read_rows(tmp_path / "out" / "manifest.jsonl")
+    assert sorted(row["id"] for row in rows) == ["a-0", "a-1", "a-2", "b"]
+    assert len({row["seed"] for row in rows}) == 4
+    other = inside("batch", "in.jsonl", "-o", "out", *SMALL)
+    assert other.returncode == 1 and "--num-images was 3, now 1" in other.stderr
+
+
+def test_a_run_tells_its_command_line(clean: Job) -> None:
+    (run,) = read_rows(clean.directory / "runs.jsonl")
+    assert run["argv"][1:3] == ["batch", "prompts.jsonl"]
+
+
+def test_standard_input_needs_a_directory(inside) -> None:
+    result = inside("batch", "-", *SMALL)
+    assert result.returncode == 2 and "give -o DIR" in result.stderr
+
+
 def test_standard_input_is_jsonl_and_jpg_carries_exif(command, tmp_path: Path) -> None:
     stdin = '{"id": "x", "prompt": "Bänke 星"}\n\nbad\n'.encode()
-    result = command("batch", "-", *SMALL, "--format", "jpg", "--json", cwd=tmp_path, stdin=stdin)
+    result = command("batch", "-", "-o", "out", *SMALL, "--format", "jpg", "--json", cwd=tmp_path, stdin=stdin)
     assert result.returncode == 3, result.stderr
     directory = tmp_path / result.json["directory"]
     (row,) = read_rows(directory / "manifest.jsonl")

@@ -312,3 +312,44 @@ def test_a_stopped_gen_tells_what_it_wrote(tmp_path: Path) -> None:
     assert b"Traceback" not in stderr
     for name in told:
         Image.open(tmp_path / name).verify()
+
+
+# Several prompts
+
+
+def test_several_prompts_have_images_of_their_own_in_their_order(inside, tmp_path: Path) -> None:
+    long = "a red circle beside a blue square " * 12
+    result = inside("gen", "a red circle", long, "a blue square", "-n", 2, "--seed", 5, *SMALL, "--json", "-o", "made")
+    assert result.returncode == 0, result.stderr
+    made = result.json["images"]
+    assert [(each["prompt"], each["seed"]) for each in made] == [
+        (prompt, seed) for prompt in ("a red circle", long, "a blue square") for seed in (5, 6)
+    ]
+    assert made[2]["text_length"] > made[0]["text_length"] == made[4]["text_length"]
+    alone = inside("gen", "a blue square", "--seed", 6, *SMALL, "-o", "alone.png")
+    assert alone.returncode == 0, alone.stderr
+    difference = np.asarray(Image.open(tmp_path / made[5]["file_name"])).astype(int) - np.asarray(
+        Image.open(tmp_path / "alone.png")
+    )
+    assert abs(difference).max() <= 1
+
+
+def test_prompts_come_from_standard_input_a_line_each(fluxcli) -> None:
+    result = fluxcli("gen", "first", "-", *SMALL, "--json", stdin="a red circle\r\n\n星\n".encode())
+    assert result.returncode == 0, result.stderr
+    assert [each["prompt"] for each in result.json["images"]] == ["first", "a red circle", "星"]
+
+
+@pytest.mark.parametrize(
+    ("stdin", "told"),
+    [(b"\n \n", "holds no prompt"), (b"\xff\n", "is not valid UTF-8"), (b"a\n" * 10_001, "fluxcli batch")],
+)
+def test_standard_input_that_is_no_prompts_is_wrong_usage(fluxcli, stdin: bytes, told: str) -> None:
+    result = fluxcli("gen", "-", *SMALL, stdin=stdin)
+    assert result.returncode == 2 and told in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_several_prompts_need_a_directory(fluxcli) -> None:
+    result = fluxcli("gen", "a", "b", *SMALL, "-o", "one.png")
+    assert result.returncode == 2 and "2 images need a directory" in result.stderr

@@ -91,13 +91,16 @@ def test_streams_are_read_in_the_format_that_is_said(command, tmp_path: Path, ho
         os.mkfifo(tmp_path / "rows")
         threading.Thread(target=lambda: (tmp_path / "rows").write_bytes(data), daemon=True).start()
     arguments = ("batch", "rows" if how == "fifo" else how, "--input-format", "csv", *DRY)
+    if how != "fifo":
+        assert command(*arguments, cwd=tmp_path, stdin=data).returncode == 2, "it has no name to call a job by"
+        arguments = (*arguments, "-o", "out")
     plan = plan_of(command(*arguments, cwd=tmp_path, stdin=data))
     assert (plan["images"], plan["failed"]) == (2, 0)
-    assert plan["directory"] == ("out/rows" if how == "fifo" else "out/stdin")
+    assert plan["directory"] == ("out/rows" if how == "fifo" else "out")
 
 
 def test_packed_streams_are_refused_with_what_to_do(command, tmp_path: Path) -> None:
-    done = command("batch", "-", *DRY, cwd=tmp_path, stdin=gzip.compress(b'{"prompt": "a"}'))
+    done = command("batch", "-", "-o", "out", *DRY, cwd=tmp_path, stdin=gzip.compress(b'{"prompt": "a"}'))
     assert done.returncode == 1 and "<stdin>: is gzip" in done.stderr and "gzip -dc FILE |" in done.stderr
 
 
@@ -120,7 +123,7 @@ def test_a_job_over_a_packed_input_goes_on_grows_and_notices_what_moved(inside, 
     assert inside(*run, "--limit", 1).returncode == 0
     assert inside(*run).returncode == 3
     (failure,) = read_rows(tmp_path / "out" / "failures.jsonl")
-    assert (failure["line"], failure["error"]["message"]) == (2, "prompt is empty")
+    assert (failure["line"], failure["error"]["message"]) == (2, "text is empty"), "by the key that the row has"
     assert list(manifest(tmp_path / "out")) == ["000000", "000002"]
     pack(tmp_path / name, rows)
     before = manifest(tmp_path / "out")
@@ -134,11 +137,11 @@ def test_a_job_over_a_packed_input_goes_on_grows_and_notices_what_moved(inside, 
 
 @pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
 def test_what_a_shell_substitutes_is_read_as_jsonl(tmp_path: Path) -> None:
-    line = f'{sys.executable} -m fluxcli batch <(echo \'{{"prompt": "a"}}\') {" ".join(map(str, DRY))}'
+    line = f'{sys.executable} -m fluxcli batch <(echo \'{{"prompt": "a"}}\') -o out {" ".join(map(str, DRY))}'
     done = subprocess.run(["bash", "-c", line], capture_output=True, cwd=tmp_path, env={**os.environ, **ENVIRONMENT})
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
-    assert (told["images"], told["directory"]) == (1, "out/stdin")
+    assert (told["images"], told["directory"]) == (1, "out")
 
 
 # Refused with what to do

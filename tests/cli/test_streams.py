@@ -46,7 +46,7 @@ def test_a_reader_that_leaves_is_told_nothing(tmp_path: Path) -> None:
     assert done.stderr == ""
 
 
-@pytest.mark.parametrize("command", ["batch -", "warmup -"])
+@pytest.mark.parametrize("command", ["batch - -o out", "warmup -"])
 def test_standard_input_that_is_closed_is_wrong_usage(command: str, tmp_path: Path) -> None:
     done = shell(f"{FLUXCLI} {command} {' '.join(map(str, SMALL[:2]))} <&-", tmp_path)
     assert done.returncode == 2

@@ -89,6 +89,10 @@ def test_a_row_that_breaks_its_batch_costs_only_itself_and_is_retried_by_the_nex
         last = read_rows(tmp_path / "job" / "failures.jsonl")[-1]
         assert (last["id"], last["attempt"], last["run"]) == ("p3", attempt, attempt - 1)
         assert last["error"] == {"type": "engine_error", "message": "cannot draw this"}
+    fed = SeedEngine()
+    assert harness.run(tmp_path / "job" / "failures.jsonl", tmp_path / "fed", fed) == 0
+    assert fed.batches == [["p3"]], "its second failure is no second row"
+    assert harness.essence(tmp_path / "fed") == {"p3": undisturbed["p3"]}
     skipping = SeedEngine()
     assert harness.run(rows, tmp_path / "job", skipping, retry_failed=False) == 3
     assert skipping.batches == []

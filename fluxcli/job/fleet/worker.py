@@ -260,7 +260,7 @@ class Worker:
         """An image that is where it was to go, as large as the worker says."""
         record = batch.records[slot]
         if "error" in told:
-            return Failure(record.id, record.line, wire.one_of(told["error"], _ERRORS), wire.text(told["message"]))
+            return Failure.of(record, wire.one_of(told["error"], _ERRORS), wire.text(told["message"]))
         assert self._sink is not None
         file_name, temporary = lease.places[slot]
         if not _SHA256(told["sha256"]) or not _MOMENT(told["finished_at"]):

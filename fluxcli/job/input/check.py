@@ -6,7 +6,7 @@ import math
 import re
 from typing import Any, NamedTuple
 
-from fluxcli.core.config import MAX_STEPS, RowDefaults
+from fluxcli.core.config import MAX_STEPS, MOST_IMAGES_OF_ROW, RowDefaults
 from fluxcli.core.errors import RowError
 from fluxcli.core.records import Adapters, PromptRecord
 from fluxcli.core.terminal import show
@@ -14,10 +14,10 @@ from fluxcli.job.input.adapters import adapters_of
 from fluxcli.job.input.keys import NO_COLUMNS, Columns, Schema, schema_of
 from fluxcli.models.flux1.family import FLUX1
 
-MAX_IMAGES_PER_ROW = 10_000
 MAX_SEED = 2**64 - 1  # the largest that torch takes
 _EXACT = 2**53  # below it a float that is whole stands for one integer alone
 _KEYS_SHOWN = 8
+_OF_ONE_IMAGE = frozenset(("id", "seed", "num_images"))
 
 _ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 _SIZE = re.compile(r"\s*([0-9]{1,6})\s*[xX\u00d7]\s*([0-9]{1,6})\s*")
@@ -45,11 +45,13 @@ def check_row(
     """The records of `images_of` a row, what is no setting in it as their `meta`."""
     schema = schema_of(row, columns)
     meta = {key: row[key] for key in schema.unknown}
+    own = {key for key, name in schema.known if name in _OF_ONE_IMAGE}
+    rest = {key: value for key, value in row.items() if key not in own}
     images = images_of(row, schema, index, line, defaults)
     return [
         PromptRecord(
             *image[:-3], meta, adapters=image.adapters, negative_prompt=image.negative_prompt,
-            true_cfg_scale=image.true_cfg_scale,
+            true_cfg_scale=image.true_cfg_scale, row=rest,
         )
         for image in images
     ]  # fmt: skip
@@ -73,7 +75,7 @@ def images_of(row: dict[str, Any], schema: Schema, index: int, line: int, defaul
         if not prompt.strip():
             raise RowError("prompt is empty")
         width, height, steps = defaults.width, defaults.height, defaults.num_inference_steps
-        guidance, copies, seed, adapters = defaults.guidance_scale, 1, -1, defaults.adapters
+        guidance, copies, seed, adapters = defaults.guidance_scale, defaults.num_images, -1, defaults.adapters
         true_cfg: tuple[str | None, float] = (None, 1.0)
         if len(given) > 1 or defaults.negative_prompt is not None:
             true_cfg = _true_cfg(given, defaults)
@@ -86,7 +88,7 @@ def images_of(row: dict[str, Any], schema: Schema, index: int, line: int, defaul
             if refusal := defaults.step_cache.refusal(steps):
                 raise RowError(f"num_inference_steps: {refusal}")
             guidance = _guidance(given, guidance)
-            copies = _integer("num_images", given, 1, MAX_IMAGES_PER_ROW, copies)
+            copies = _integer("num_images", given, 1, MOST_IMAGES_OF_ROW, copies)
             seed = _seed(given)
             if given.get("lora") is not None:
                 adapters = adapters_of(given["lora"], defaults)
@@ -96,6 +98,7 @@ def images_of(row: dict[str, Any], schema: Schema, index: int, line: int, defaul
             raise RowError(f"seed must be at most {MAX_SEED}, and it counts up to {seed + copies - 1} over num_images")
     except RowError as error:
         error.id = id
+        error.args = (_by_its_key(str(error), row, schema),)
         raise
     if copies == 1:
         own = derived_seed(defaults.seed, id) if seed < 0 else seed
@@ -155,6 +158,16 @@ def _true_cfg(given: dict[str, Any], defaults: RowDefaults) -> tuple[str | None,
     if own:
         raise RowError("negative_prompt needs true_cfg_scale above 1; without it, it would change nothing")
     return None, 1.0
+
+
+def _by_its_key(message: str, row: dict[str, Any], schema: Schema) -> str:
+    """A message that begins with a setting, beginning with the key that the row has for it."""
+    first, _, rest = message.partition(" ")
+    setting = first.rstrip(":")
+    keys = {name: key for key, name in reversed(schema.known) if row[key] is not None}
+    if setting in keys:
+        return f"{_name(keys[setting])}{first[len(setting) :]} {rest}"
+    return f"{_name(keys['size'])}: {message}" if setting in ("width", "height") and "size" in keys else message
 
 
 def _missing(row: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """One pass over the input: check every row, count its tokens, leave out what is done. What remains is a compact table
 of numbers, so that a million rows need megabytes, and prompts are read again when their batch comes up."""
 
+import math
 import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -10,17 +11,17 @@ from typing import Any, Protocol, cast
 from fluxcli.core.config import RowDefaults
 from fluxcli.core.errors import RowError
 from fluxcli.core.records import Failure, Group, PromptRecord
-from fluxcli.job.input.check import Checked, check_row, default_id, derived_seed, images_of
+from fluxcli.job.input.check import Checked, check_row, derived_seed, images_of
+from fluxcli.job.input.ids import Ids, TakenId
 from fluxcli.job.input.keys import NO_COLUMNS, Columns, Tally, schema_of
 from fluxcli.job.input.moved import Moved
-from fluxcli.job.input.read import RawRow
+from fluxcli.job.input.read import RawRow, finite
 from fluxcli.job.plan import bucket
 
 TokenCounter = Callable[[list[str]], list[int]]
 Status = Callable[[PromptRecord], str | None]
 _CHUNK = 1024  # prompts tokenized at once
 _MANY_CHANGED = 1000
-_BY_NUMBER = re.compile(r"([0-9]{6,20})(?:-(0|[1-9][0-9]*))?")  # an id that a row without one may have
 _OPTIONS_IN_TEXT = re.compile(
     r"(?:^|\s)--(?:prompt|negative_prompt|seed|steps|width|height|cfg_scale|sampler_name|batch_size|n_iter)\s"
 )
@@ -90,6 +91,20 @@ class Intake:
         """
         return [self._record(image) for image in images]
 
+    def with_row(self, failure: Failure) -> Failure:
+        """A failure with its row, read from the input again: a million bad ones are not held.
+
+        Raises:
+            InputError: the row is another than the pass found.
+        """
+        if failure.at is None:
+            return failure
+        row = {key: _jsonable(value) for key, value in self.source.read(*failure.at).items()}
+        known = schema_of(row, self.source.columns).known
+        if failure.id is not None and all(row[key] is None for key, name in known if name == "id"):
+            row = {self.source.columns.id or "id": failure.id, **row}
+        return replace(failure, row=row)
+
     def text_tokens(self) -> Iterator[tuple[int, int]]:
         """(T5 tokens, bucket) of each image to make."""
         return zip(self._tokens, (group.text_length for group in self.groups), strict=True)
@@ -157,7 +172,7 @@ def take_in(
     """
     ask = cast(Callable[[Checked], str | None], status)  # which looks at settings alone: both have them
     intake = Intake(source, defaults, text_lengths)
-    ids = _Ids(folds_case)
+    ids = Ids(folds_case)
     moved = Moved()
     first_with: dict[int, int] = {}  # by hash: should two prompts share one, they would only be neighbours
     chunk: list[tuple[RawRow, list[tuple[int, Checked]]]] = []
@@ -191,7 +206,10 @@ def take_in(
             records = images_of(row, schema, raw.number, raw.line, defaults)
             ids.add(records, raw.number, schema.has_id)
         except RowError as error:
-            intake.failures.append(Failure(error.id, raw.line, error.kind, str(error)))
+            if isinstance(error, TakenId) and raw.again:
+                rows -= 1
+                continue
+            intake.failures.append(_failure(error, raw))
             continue
         prompt = records[0].prompt
         if schema.true_cfg:
@@ -209,7 +227,7 @@ def take_in(
             try:
                 wanted = [each for each in enumerate(records) if not _was_done(each[1], ask, defaults)]
             except RowError:
-                intake.failures.append(Failure(error.id, raw.line, error.kind, str(error)))
+                intake.failures.append(_failure(error, raw))
                 moved.look_at(records[0], raw.number, changed=True)
                 if moved.changed == _MANY_CHANGED:  # a million failures need not be gathered to tell this
                     moved.check(source.name, committed(), None)
@@ -226,57 +244,14 @@ def take_in(
     return intake
 
 
-class _Ids:
-    """The ids of earlier rows: of those without one of their own two bytes each, so that millions need megabytes."""
+def _jsonable(value: Any) -> Any:
+    """A value without numbers that JSON has not: NaN stays what it is, a value that no setting may have."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else finite(value)
 
-    def __init__(self, folds_case: bool) -> None:
-        self._own: set[str] = set()
-        self._copies = array("H")  # by row number: how many images have an id by that number
-        self._folded: dict[str, str] | None = {} if folds_case else None
 
-    def add(self, records: Sequence[Checked], number: int, own: bool) -> None:
-        """Takes in a row's ids, all or none.
-
-        Raises:
-            RowError: one is an earlier row's, or would share its file.
-        """
-        ids = [record.id for record in records]
-        if (own and self._numbered) or not self._own.isdisjoint(ids):
-            taken = next((id for id in ids if id in self._own or self._is_number(id)), None)
-            if taken is not None:
-                raise RowError(f"id {taken} is already used by an earlier row", id=taken)
-        if self._folded is not None:
-            self._fold(ids)
-        if own:
-            self._own.update(ids)
-        else:
-            self._copies.extend([0] * (number - len(self._copies)))
-            self._copies.append(len(ids))
-
-    @property
-    def _numbered(self) -> bool:
-        return len(self._copies) > 0
-
-    def _is_number(self, id: str) -> bool:
-        """Whether it is the id of an earlier row that has none of its own."""
-        match = _BY_NUMBER.fullmatch(id)
-        number = int(match[1]) if match else len(self._copies)
-        if match is None or number >= len(self._copies) or default_id(number) != match[1]:
-            return False
-        copies = self._copies[number]
-        return copies == 1 if match[2] is None else copies > 1 and int(match[2]) < copies
-
-    def _fold(self, ids: Sequence[str]) -> None:
-        assert self._folded is not None
-        folded = [id.lower() for id in ids]
-        for id, name in zip(ids, folded, strict=True):
-            if earlier := self._folded.get(name):
-                raise RowError(
-                    f"id {id} and the earlier {earlier} would be one file here, where names that differ only by case "
-                    "are one; give one another id",
-                    id=id,
-                )
-        self._folded.update(zip(folded, ids, strict=True))
+def _failure(error: RowError, raw: RawRow) -> Failure:
+    at = None if isinstance(raw.value, RowError) else (raw.offset, raw.digest)
+    return Failure(error.id, raw.line, error.kind, str(error), at=at)
 
 
 def _was_done(record: Checked, status: Callable[[Checked], str | None], defaults: RowDefaults) -> bool:

@@ -21,6 +21,7 @@ _ALIASES = {
     "num_images_per_prompt": "num_images",
 }
 BODY = "body"  # of a request in OpenAI's batch format; its keys are read as "body.prompt" and so on
+FAILURE = frozenset(("id", "line", "error", "attempt", "run"))  # the keys of a line of failures.jsonl
 _SPELLINGS = {**{name: name for name in _SETTINGS}, **_ALIASES}
 _SPELLINGS |= {f"{BODY}.{spelling}": name for spelling, name in _SPELLINGS.items()}
 ROW_NAMES = frozenset((*_SPELLINGS, BODY, "meta"))

@@ -1,21 +1,23 @@
 """Reading the input: bytes -> raw rows, each once from the front and again by its offset."""
 
 import codecs
+import hashlib
 import json
 import math
 import os
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import closing, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from fluxcli.core.errors import InputError, RowError
 from fluxcli.core.terminal import show
 from fluxcli.job.input.document import Broken, Element, document_kind, elements
-from fluxcli.job.input.keys import BODY, NO_COLUMNS, ROW_NAMES, Columns, setting_of, with_body
+from fluxcli.job.input.keys import BODY, FAILURE, NO_COLUMNS, ROW_NAMES, Columns, setting_of, with_body
 from fluxcli.job.input.raw import archives, encoding, parquet
 from fluxcli.job.input.raw.lines import lines, too_long
 from fluxcli.job.input.raw.storage import BLOCK, Bytes, Packed, Plain, blocks_in, blocks_of
@@ -34,7 +36,7 @@ class RawRow(NamedTuple):
     """One row as read: `value` is a JSON object's dict, or what was wrong with it.
 
     `number` counts rows from 0 (blank lines are none), `line` counts lines from 1, `offset` is where it starts in
-    bytes, and `digest` a hash of its text, good for this process.
+    bytes, and `digest` a hash of its text, good for this process. `again` marks a failure that is not its row's first.
     """
 
     number: int
@@ -42,6 +44,7 @@ class RawRow(NamedTuple):
     offset: int
     value: Value
     digest: int
+    again: bool = False
 
 
 class PromptFile:
@@ -50,6 +53,7 @@ class PromptFile:
     UTF-8 goes into a temporary file first.
 
     Args:
+        path: "-" is standard input; `self.path` is absolute, None for a stream.
         format: of the rows; None goes by the name's suffix, and takes a stream without one for JSONL.
 
     Raises:
@@ -59,6 +63,7 @@ class PromptFile:
     def __init__(self, path: str, format: Format | None = None, columns: Columns = NO_COLUMNS) -> None:
         self.name = "<stdin>" if path == "-" else path
         self.columns = columns
+        self.path = None if is_descriptor(path) or _is_stream(path) else os.path.abspath(path)
         self._bytes, parquet_rows = _open(path, self.name, columns)
         try:
             sample = self._bytes.pread(encoding.SAMPLE, 0)
@@ -85,6 +90,19 @@ class PromptFile:
 
     def close(self) -> None:
         self._bytes.close()
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of its text, unpacked and in UTF-8."""
+        found = hashlib.sha256()
+        for block in blocks_in(self._bytes):
+            found.update(block)
+        return found.hexdigest()
+
+    def has_id(self, ids: Container[str]) -> bool:
+        """Whether a row names one of these as its id."""
+        rows = (raw.value for raw in self.scan() if not isinstance(raw.value, RowError))
+        return any(str(row[key]) in ids for row in rows for key in row if setting_of(key, self.columns) == "id")
 
     def scan(self) -> Iterator[RawRow]:
         """Every row of the input, in order.
@@ -124,7 +142,9 @@ class PromptFile:
             if raw is None:
                 yield RawRow(number, line, start, RowError(too_long()), 0)
             elif raw.strip():
-                yield RawRow(number, line, start, _json(raw, columns) if jsonl else _text_row(raw), hash(raw))
+                value = _json(raw, columns) if jsonl else _text_row(raw)
+                again = isinstance(value, _Again)
+                yield RawRow(number, line, start, value, hash(raw), again)
             else:
                 continue
             number += 1
@@ -203,7 +223,7 @@ def is_descriptor(path: str) -> bool:
 
 def job_name(path: str) -> str:
     """What a job over this input is called."""
-    return "stdin" if is_descriptor(path) else archives.inner_name(path).stem
+    return archives.inner_name(path).stem
 
 
 def _format_of(path: str) -> Format:
@@ -255,6 +275,10 @@ def _json(raw: bytes, columns: Columns) -> Value:
         return RowError(f"the line is not valid JSON: Extra data (column {end + 1})")
     if not isinstance(value, dict):
         return RowError(f"the line must be a JSON object, got {show(value)}")
+    if value.keys() >= FAILURE:
+        value = _failed_row(value)
+        if isinstance(value, RowError):
+            return value
     if len(raw) > 2 * MAX_NESTING and raw.count(b"[") + raw.count(b"{") > MAX_NESTING and _nesting(value) > MAX_NESTING:
         return RowError(f"the row is nested more than {MAX_NESTING} levels deep")
     if b"\\u" in raw and b"\\ud" in raw.lower():
@@ -265,9 +289,21 @@ def _json(raw: bytes, columns: Columns) -> Value:
     if BODY in value:
         value = with_body(value)
     if lax:
-        value = {key: each if setting_of(key, columns) else _finite(each) for key, each in value.items()}
+        value = {key: each if setting_of(key, columns) else finite(each) for key, each in value.items()}
     row: dict[str, Any] = value
     return row
+
+
+class _Again(dict[str, Any]):
+    """The row of a second or later failure."""
+
+
+def _failed_row(failure: dict[str, Any]) -> Value:
+    """The row that a line of failures.jsonl carries."""
+    row = failure.get("row")
+    if not isinstance(row, dict):
+        return RowError("a failure that carries no row: take the row from the input itself")
+    return row if failure["attempt"] == 1 else _Again(row)
 
 
 def _nesting(value: Any) -> int:
@@ -279,12 +315,12 @@ def _nesting(value: Any) -> int:
     return depth
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The value with null for each number that JSON does not have."""
     if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
+        return {key: finite(each) for key, each in value.items()}
     if isinstance(value, list):
-        return [_finite(each) for each in value]
+        return [finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -40,6 +40,10 @@ class Failed:
         last = self._lines.get((failure.id, failure.line))
         return last is not None and last[1] == _said(failure.kind, failure.message)
 
+    def ids(self) -> set[str]:
+        """Every id that has failed."""
+        return {id for id, _ in self._lines if id is not None}
+
     def __contains__(self, row: tuple[str | None, int]) -> bool:
         """Whether the row of this id on this line has failed."""
         return row in self._lines or row[0] in self._ids

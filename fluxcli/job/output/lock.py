@@ -246,6 +246,14 @@ def owner(directory: Path) -> Owner | None:
     return None
 
 
+def heard_lately(directory: Path) -> bool:
+    """Whether the owner's heart beat within the time after which it is given up, by this machine's clock."""
+    try:
+        return time.time() - (directory / ".lock").lstat().st_mtime < _DEAD_AFTER
+    except OSError:
+        return False
+
+
 def problem_with(directory: Path) -> str | None:
     """What is wrong with a directory's .lock, if it has one."""
     path = directory / ".lock"

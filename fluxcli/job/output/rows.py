@@ -173,6 +173,7 @@ class FailureRow(Row):
     error: Annotated[dict[str, Any], _error]
     attempt: Annotated[int, _whole(1, 2**63 - 1)]
     run: Annotated[int, _count]
+    row: Annotated[dict[str, Any] | None, _object] = None  # to be given again; a line that was no row has none
 
     @property
     def append(self) -> tuple[int, ...]:
@@ -189,6 +190,8 @@ class RunRow(Row):
     dtype: Annotated[str | None, _text] = None
     quantization: Annotated[str | None, _text] = None
     versions: Annotated[dict[str, Any] | None, _object] = None
+    argv: Annotated[list[Any] | None, _of(list, "a list")] = None
+    input: Annotated[dict[str, Any] | None, _object] = None
     started_at: Annotated[str | None, _text] = None
     finished_at: Annotated[str | None, _text] = None
     planned: Annotated[int | None, _count] = None

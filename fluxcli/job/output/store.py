@@ -11,7 +11,7 @@ import contextlib
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,13 @@ from fluxcli.core.files import TEMPORARY, fsync_directory, make_directories
 from fluxcli.core.records import Failure, PromptRecord
 from fluxcli.job.output.committed import committed_status, content, find
 from fluxcli.job.output.failed import Failed
-from fluxcli.job.output.identity import check_identity, read_identity, write_identity
+from fluxcli.job.output.identity import Given, check_identity, read_identity, write_given, write_identity
 from fluxcli.job.output.lock import Lock, Owner
 from fluxcli.job.output.log import RowLog
 from fluxcli.job.output.rows import FailureRow, ManifestRow, R, RunRow
 from fluxcli.job.output.sink import FileSink, Written
+
+_FAILURES_AT_ONCE = 64  # in memory, each up to 16 MiB
 
 _TEMPORARY = re.compile(
     rf"\.(job\.json|(manifest|failures|runs)\.jsonl|lock)([.-][0-9a-f]+)?{re.escape(TEMPORARY)}"
@@ -37,6 +39,7 @@ class JobStore:
 
     Args:
         identity: what fixes the pixels of the whole job; compared with job.json, or written there.
+        input: its path, for it may lie in a directory that is no job yet.
         say: tells the user what was found and mended.
 
     Raises:
@@ -44,7 +47,12 @@ class JobStore:
     """
 
     def __init__(
-        self, directory: Path, identity: dict[str, Any], suffix: str, say: Callable[[str], None] = lambda text: None
+        self,
+        directory: Path,
+        identity: dict[str, Any],
+        suffix: str,
+        say: Callable[[str], None] = lambda text: None,
+        input: str | None = None,
     ) -> None:
         self.directory = directory
         self._say = say
@@ -57,7 +65,7 @@ class JobStore:
             make_directories(directory)
             self._lock = Lock(directory)
             try:
-                check_identity(directory, identity)
+                check_identity(directory, identity, input)
                 self._recover(identity)
             except BaseException:
                 self.close()
@@ -123,17 +131,38 @@ class JobStore:
         for row in rows:
             images[row.id] = content(row)
 
-    def fail(self, failures: Iterable[Failure], *, attempted: bool = True) -> None:
+    def fail(
+        self,
+        failures: Sequence[Failure],
+        *,
+        attempted: bool = True,
+        whole: Callable[[Failure], Failure] = lambda failure: failure,
+    ) -> None:
         """Appends to failures.jsonl, numbering each row's attempts. Of rows that were not `attempted`, being bad in the
-        input, only what does not stand there yet."""
-        rows = [
-            self._failed.add(failure, self.run)
-            for failure in failures
-            if attempted or not self._failed.says_already(failure)
-        ]
+        input, only what does not stand there yet.
+
+        Args:
+            whole: the failure with its row: a few at a time, for rows may be long and many.
+        """
+        for start in range(0, len(failures), _FAILURES_AT_ONCE):
+            rows = [
+                self._failed.add(whole(failure), self.run)
+                for failure in failures[start : start + _FAILURES_AT_ONCE]
+                if attempted or not self._failed.says_already(failure)
+            ]
+            with self._writing():
+                self._lock.check()
+                self._failures.append(rows)
+
+    @property
+    def failed(self) -> Failed:
+        return self._failed
+
+    def take_in(self, given: Given) -> None:
+        """Writes down the input that this run goes by, and what is to be made of it."""
         with self._writing():
             self._lock.check()
-            self._failures.append(rows)
+            write_given(self.directory, given)
 
     def record_run(self, row: Mapping[str, Any]) -> None:
         """Appends this start's row to runs.jsonl."""
@@ -143,9 +172,6 @@ class JobStore:
 
     def _recover(self, identity: dict[str, Any]) -> None:
         if read_identity(self.directory) is None:
-            for name in ("images", "manifest.jsonl"):
-                if (self.directory / name).exists():
-                    raise JobError(f"{self.directory}: has {name} but no job.json, so it is no job; choose another -o")
             write_identity(self.directory, identity)
         for path in leftovers(self.directory):
             path.unlink()

@@ -91,7 +91,7 @@ def lines_of(data: dict[str, Any]) -> str:
 
 
 def _side_line(name: str, side: dict[str, Any]) -> str:
-    missing = f", {side['missing']} of the last run's input still to make" if side["missing"] else ""
+    missing = f", {side['missing']} still to make" if side["missing"] else ""
     owner = f", in use by {side['owner']} and seen as it stands now" if side["owner"] else ""
     return f"{name}: {printable_line(side['directory'])}: {side['images']} images{missing}{owner}"
 

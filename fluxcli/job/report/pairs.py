@@ -19,6 +19,7 @@ from fluxcli.job.output.log import RowLog
 from fluxcli.job.output.rows import BadRow, ManifestRow, RunRow
 from fluxcli.job.output.sink import FileSink
 from fluxcli.job.report import mend
+from fluxcli.job.report.status import missing_of
 from fluxcli.job.report.verify import require_job
 
 _VALUES = 8  # of one setting that are told: a directory may come from anybody
@@ -45,7 +46,7 @@ class Side:
 
     Attributes:
         unreadable: lines of the manifest that are no rows.
-        missing: images that the last run left to make, by its own count.
+        missing: images that it still lacks, as `status.missing_of` counts them; 0 where nobody wrote down how many.
         owner: who .lock says is at work in the directory; None where nobody is.
         settings: the job's, as text by name.
 
@@ -63,8 +64,9 @@ class Side:
         self._manifest = RowLog(directory / "manifest.jsonl", ManifestRow)
         identity = read_identity(directory)
         self.settings = {name: shown for name, (_, shown) in identity.told().items()} if identity else {}
-        self._read_runs()
+        last = self._read_runs()
         self._read_rows()
+        self.missing = missing_of(identity.input if identity else None, last, len(self._ids)) or 0
         if not self._ids:
             raise JobError(f"{directory}: has no image yet: there is no row in its manifest.jsonl")
         self.sink = FileSink(directory, "")
@@ -119,19 +121,22 @@ class Side:
             offset += len(line) + 1
         self._set("batch_size", [str(size) for size in sorted(sizes, reverse=True)])
 
-    def _read_runs(self) -> None:
+    def _read_runs(self) -> RunRow | None:
+        """The last run."""
+        last = None
         found: dict[str, dict[str, None]] = {}  # a dict for a set in order
         for _, line in RowLog(self.directory / "runs.jsonl", RunRow).lines():
             run = mend.row_of(RunRow, line)
             if run is None:
                 continue
-            self.missing = max(0, (run.planned or 0) - (run.images or 0))
+            last = run
             for name, value in {"device": run.device, **(run.versions or {})}.items() if run.images else ():
                 values = found.setdefault(name, {}) if len(found) < NAMES else found.get(name, {})
                 if isinstance(value, str) and len(values) <= _VALUES:
                     values[_plain(value)] = None
         for name, values in found.items():
             self._set(_plain(name), list(values))
+        return last
 
     def _set(self, name: str, values: list[str]) -> None:
         if values:

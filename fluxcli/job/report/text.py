@@ -157,12 +157,17 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
 
 
+def clock(seconds: float) -> str:
+    """A time as hours:minutes:seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
 def _forecast_line(forecast: Mapping[str, Any], images: int, workers: int) -> str:
-    minutes, seconds = divmod(round(forecast["seconds"]), 60)
     on = f" on {workers} workers" if workers > 1 else ""
     rest = images - forecast["images"]
     return (
-        f"by the images made here: about {minutes // 60}:{minutes % 60:02d}:{seconds:02d}{on}, "
+        f"by the images made here: about {clock(forecast['seconds'])}{on}, "
         f"{forecast['device_hours']:.2f} device-hours, {forecast['bytes'] / 2**20:.0f} MiB"
         + (f"; {rest} images of shapes not made yet come on top" if rest else "")
     )

@@ -19,12 +19,13 @@ from fluxcli.core.errors import JobError
 from fluxcli.core.files import kind_of
 from fluxcli.core.terminal import counted
 from fluxcli.job.output import lock, rows, sound
-from fluxcli.job.output.identity import read_identity
+from fluxcli.job.output.identity import Given, read_identity
 from fluxcli.job.output.log import RowLog
 from fluxcli.job.output.rows import BadRow, FailureRow, ManifestRow, R, Row, RunRow
 from fluxcli.job.output.sink import Entry, FileSink
 from fluxcli.job.output.store import leftovers
 from fluxcli.job.report import mend
+from fluxcli.job.report.status import missing_of
 
 _AHEAD = 64  # images that may wait to be looked at
 _PART = 2**16  # hashes compared at once
@@ -46,13 +47,14 @@ _Looked = tuple[Problem | None, ManifestRow | None]
 
 @dataclass
 class Verdict:
-    """What was found. `images` counts good rows with good images, `missing` what the last run left to make by its own
-    count. By file and line number: `dropped` are rows whose images are to be made again, `moved` lines that are no
-    rows, `mended` lines to be written as they should be, of images with the SHA-256 that is to stand there, or None."""
+    """What was found. `images` counts good rows with good images, `missing` those that the job still lacks, None where
+    nobody wrote down how many there should be. By file and line number: `dropped` are rows whose images are to be
+    made again, `moved` lines that are no rows, `mended` lines to be written as they should be, of images with the
+    SHA-256 that is to stand there, or None."""
 
     directory: Path
     images: int = 0
-    missing: int = 0
+    missing: int | None = None
     problems: list[Problem] = field(default_factory=list)
     dropped: dict[str, set[int]] = field(default_factory=dict)
     moved: dict[str, set[int]] = field(default_factory=dict)
@@ -72,7 +74,7 @@ class Verdict:
         lines = [f"{problem.kind}: {_line(problem.file_name)}: {problem.detail}" for problem in self.problems[:shown]]
         if len(self.problems) > shown:
             lines.append(f"and {len(self.problems) - shown} more problems")
-        still = f", {self.missing} images of the last run's input still to make" if self.missing else ""
+        still = f", {self.missing} still to make" if self.missing else ""
         lines.append(
             f"{self.directory}: {counted(self.images, 'good image')}, {counted(len(self.problems), 'problem')}{still}"
         )
@@ -112,6 +114,8 @@ class _Look:
     def __init__(self, verdict: Verdict, sink: FileSink) -> None:
         self._verdict, self._sink, self._directory = verdict, sink, verdict.directory
         self._files, self._named, self._ids = _Hashes(), _Hashes(), _Hashes()
+        self._given: Given | None = None
+        self._last: RunRow | None = None
 
     def all(self) -> None:
         self._files_of_the_job()
@@ -125,15 +129,16 @@ class _Look:
         for log in (failures, runs):
             if self._is_file(log.path):
                 for _, row, _ in self._rows(log):
-                    if isinstance(row, RunRow):
-                        self._verdict.missing = max(0, (row.planned or 0) - (row.images or 0))
+                    self._last = row if isinstance(row, RunRow) else self._last
+        self._verdict.missing = missing_of(self._given, self._last, self._verdict.images)
 
     def _note(self, kind: str, file_name: str, detail: str, id: str | None = None) -> None:
         self._verdict.problems.append(Problem(kind, file_name, id, detail))
 
     def _files_of_the_job(self) -> None:
         try:
-            read_identity(self._directory)
+            identity = read_identity(self._directory)
+            self._given = identity.input if identity else None
         except JobError as error:
             self._note("bad_job", "job.json", f"{str(error).partition(': ')[2]}; fluxcli cannot mend it")
         if wrong := lock.problem_with(self._directory):

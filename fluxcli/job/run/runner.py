@@ -121,7 +121,7 @@ class Runner:
 
     def _fail(self, failed: Failed) -> None:
         record = failed.batch.records[0]
-        self._saver.fail([Failure(record.id, record.line, failed.kind, failed.message)])
+        self._saver.fail([Failure.of(record, failed.kind, failed.message)])
 
     def _split(self, planned: PlannedBatch) -> list[PlannedBatch]:
         """Two halves, each at the smallest batch size that the plan's rules allow it."""

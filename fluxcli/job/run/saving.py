@@ -71,8 +71,15 @@ class Saver:
         while len(self._commits) > _COMMITS_AHEAD:
             self._commits.popleft().result()
 
-    def fail(self, failures: Sequence[Failure], *, attempted: bool = True) -> None:
-        """Writes failed rows down; those that were not `attempted`, and are bad just as before, no second time.
+    def fail(
+        self,
+        failures: Sequence[Failure],
+        *,
+        attempted: bool = True,
+        whole: Callable[[Failure], Failure] = lambda failure: failure,
+    ) -> None:
+        """Writes failed rows down, as `JobStore.fail`; those that were not `attempted`, and are bad just as before, no
+        second time.
 
         Raises:
             TooManyFailures: more than `max_failures` by now.
@@ -81,7 +88,7 @@ class Saver:
             return
         totals, store = self._run.totals, self._run.store
         with self._failing:  # rows fail in the loop, in the plan and at the commit
-            store.fail(failures, attempted=attempted)
+            store.fail(failures, attempted=attempted, whole=whole)
             totals.failures += len(failures)
         self._progress.advance(0, failed=len(failures))
         if self._max_failures is not None and totals.failures > self._max_failures:

@@ -8,6 +8,7 @@ from typing import Any
 
 from fluxcli import __version__
 from fluxcli.core.records import ShapeKey, Timing
+from fluxcli.job.output.identity import Given
 from fluxcli.job.output.sink import utc_now
 from fluxcli.job.output.store import JobStore
 
@@ -49,6 +50,8 @@ class Run:
     planned: int = 0
     shapes: Sequence[ShapeKey] = ()
     workers: Callable[[], list[dict[str, Any]]] = list  # what each process of its did
+    argv: Sequence[str] = ()
+    input: Given | None = None
     started_at: str = field(default_factory=utc_now)
     recorded: bool = False
 
@@ -67,6 +70,8 @@ class Run:
                     "python": platform.python_version(),
                     **self.machine["versions"],
                 },
+                **({"argv": [*self.argv]} if self.argv else {}),
+                **({"input": self._input(self.input)} if self.input else {}),
                 "started_at": self.started_at,
                 "finished_at": utc_now(),
                 "planned": self.planned,
@@ -81,3 +86,7 @@ class Run:
                 "exit_status": exit_status,
             }
         )
+
+    @staticmethod
+    def _input(given: Given) -> dict[str, Any]:
+        return {"path": given.path, "sha256": given.sha256, "rows": given.rows}

@@ -54,7 +54,7 @@ class Writer(Generic[Place]):
 
     def _save(self, record: PromptRecord, result: Images, slot: int, place: Place) -> Saved | Failure:
         if not result.finite[slot]:
-            return Failure(record.id, record.line, "non_finite", "the model's output is not finite for this row")
+            return Failure.of(record, "non_finite", "the model's output is not finite for this row")
         start = time.perf_counter()
         try:
             data = images.encode(result.pixels[slot], self._format, record, self._model)
@@ -62,6 +62,6 @@ class Writer(Generic[Place]):
         except FluxcliError:
             raise
         except Exception as error:
-            return Failure(record.id, record.line, "encode_error", first_line(error))
+            return Failure.of(record, "encode_error", first_line(error))
         seconds = time.perf_counter() - start
         return Saved(written, seconds, images.comment_truncated(self._format, record, self._model))

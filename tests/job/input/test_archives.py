@@ -146,7 +146,7 @@ def test_without_its_library_zstd_is_refused_with_what_to_do(tmp_path: Path, mon
 
 @pytest.mark.parametrize(
     ("path", "name"),
-    [("a/b.jsonl.gz", "b"), ("b.v2.csv.ZST", "b.v2"), ("b.parquet", "b"), ("b.jsonl", "b"), ("-", "stdin")],
+    [("a/b.jsonl.gz", "b"), ("b.v2.csv.ZST", "b.v2"), ("b.parquet", "b"), ("b.jsonl", "b")],
 )
 def test_a_job_is_named_for_its_input(path: str, name: Any) -> None:
     assert job_name(path) == name

@@ -212,7 +212,7 @@ def test_a_key_spelled_as_in_the_table_goes_before_one_that_is_not(read) -> None
     record = one(read([{"Seed": 1, "prompt": "a", "seed": 2, "PROMPT": "b"}]))
     assert (record.prompt, record.seed, record.meta) == ("a", 2, {"Seed": 1, "PROMPT": "b"})
     _, (failure,) = read([{"prompt": "a", "Seed": 1, "SEED": 2}])
-    assert "seed is given twice" in failure.message
+    assert "Seed is given twice (as SEED too)" in failure.message
 
 
 @pytest.mark.parametrize("size", ["96x80", " 96 X 80 ", "96\u00d780"])

@@ -4,6 +4,7 @@ import codecs
 import json
 import math
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from fluxcli.core.config import RowDefaults
 from fluxcli.core.errors import InputError
-from fluxcli.core.records import PromptRecord
+from fluxcli.core.records import Failure, PromptRecord
 from fluxcli.job.input.check import check_row
 from fluxcli.job.input.raw.lines import MAX_LINE
 from fluxcli.job.input.read import PromptFile
@@ -54,6 +55,31 @@ def test_num_images_expands_to_numbered_ids_with_their_own_seeds(read, alias: st
     assert not failures
     alone = one(read([{"prompt": "b", "id": "x-1"}]))
     assert alone.seed == records[1].seed, "an expanded image's seed follows from its own id"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"steps": 0}, "steps must be 1 to 1000, got 0"),
+        ({"Steps": "x"}, 'Steps must be an integer, got "x"'),
+        ({"custom_id": "a b"}, "custom_id must be "),
+        ({"n": 0}, "n must be "),
+        ({"size": "100x64"}, "size: width must be a multiple of 16, got 100"),
+        ({"width": 100}, "width must be a multiple of 16, got 100"),
+        ({"guidance": "x"}, "guidance must be a number"),
+    ],
+)
+def test_what_is_wrong_is_told_by_the_key_that_the_row_has(read, row: dict, message: str) -> None:
+    assert refusal(read([{"prompt": "a", **row}])).message.startswith(message)
+
+
+def test_a_failed_image_asks_for_itself_again(read) -> None:
+    row = {"prompt": "a", "id": "x", "n": 3, "steps": 9, "tag": {"a": 1}}
+    record = read([row])[0][1]
+    failure = Failure.of(record, "out_of_memory", "no room").as_row()
+    assert failure["row"] == {"id": "x-1", "prompt": "a", "steps": 9, "tag": {"a": 1}, "seed": record.seed}
+    again = one(read([{**failure, "attempt": 1, "run": 0}]))
+    assert replace(again, line=record.line) == record
 
 
 def test_an_explicit_seed_counts_up_over_num_images(read) -> None:
@@ -129,14 +155,14 @@ def test_an_explicit_seed_is_taken_as_it_is(read) -> None:
         ({"height": "64"}, "height"),
         ({"height": True}, "height"),
         ({"height": 128.5}, "height"),
-        ({"steps": 0}, "num_inference_steps"),
-        ({"steps": 1001}, "num_inference_steps"),
+        ({"steps": 0}, "steps"),
+        ({"steps": 1001}, "steps"),
         ({"num_inference_steps": "4"}, "num_inference_steps"),
-        ({"guidance": "3.5"}, "guidance_scale"),
-        ({"guidance": True}, "guidance_scale"),
-        ({"guidance": 10**400}, "guidance_scale"),
+        ({"guidance": "3.5"}, "guidance must be"),
+        ({"guidance": True}, "guidance must be"),
+        ({"guidance": 10**400}, "guidance must be"),
         ({"guidance_scale": [3]}, "guidance_scale"),
-        ({"n": 0}, "num_images"),
+        ({"n": 0}, "n must be"),
         ({"num_images": -1}, "num_images"),
         ({"num_images": 2.5}, "num_images"),
         ({"num_images": 10**9}, "num_images"),
@@ -164,7 +190,7 @@ def test_a_value_out_of_its_rule_is_refused_by_name(read, row: dict[str, Any], n
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999"])
 @pytest.mark.parametrize(
-    ("key", "name"), [("guidance", "guidance_scale"), ("seed", "seed"), ("width", "width"), ("prompt", "prompt")]
+    ("key", "name"), [("guidance", "guidance must be"), ("seed", "seed"), ("width", "width"), ("prompt", "prompt")]
 )
 def test_what_is_no_number_in_json_is_refused_by_name_where_it_is_used(read, key: str, name: str, number: str) -> None:
     row = f'{{"prompt": "a", "{key}": {number}}}\n'
@@ -363,12 +389,12 @@ def test_a_cell_that_is_no_integer_is_refused(read, cell: str) -> None:
 
 @pytest.mark.parametrize("cell", ["x", "nan", "inf", "1e999"])
 def test_a_cell_that_is_no_finite_number_is_refused(read, cell: str) -> None:
-    assert "guidance_scale" in refusal(read(f"prompt\tguidance\na\t{cell}\n".encode(), ".tsv")).message
+    assert "guidance must be" in refusal(read(f"prompt\tguidance\na\t{cell}\n".encode(), ".tsv")).message
 
 
 @pytest.mark.parametrize("cell", ["1_0", "٣"])
 def test_a_cell_that_only_python_reads_as_a_number_is_refused(read, cell: str) -> None:
-    assert "guidance_scale" in refusal(read(f"prompt\tguidance\na\t{cell}\n".encode(), ".tsv")).message
+    assert "guidance must be" in refusal(read(f"prompt\tguidance\na\t{cell}\n".encode(), ".tsv")).message
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv"])

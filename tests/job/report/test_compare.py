@@ -302,7 +302,7 @@ def test_a_job_that_runs_or_is_not_done_is_seen_as_it_stands(jobs: tuple[Path, P
         lock.release()
     assert found.compared == 2 and found.not_compared["only_in_a"].rows == harness.ROWS - 2
     told = lines_of(data_of(found))
-    assert f"2 images, 9 of the last run's input still to make, in use by pid {os.getpid()} on" in told
+    assert f"2 images, 9 still to make, in use by pid {os.getpid()} on" in told
 
 
 @pytest.mark.parametrize("name", ["manifest.jsonl", "job.json"])

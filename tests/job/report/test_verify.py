@@ -384,6 +384,10 @@ def test_the_command_tells_exits_and_repairs(finished: Path, fluxcli) -> None:
     asked = fluxcli("verify", finished, "--repair", stdin=b"n\n")
     assert "Remove all of these?" in asked.stderr
     assert (finished / "images" / "extra.png").exists()
-    assert fluxcli("verify", finished, "--repair", "--yes").returncode == 1
+    mended = fluxcli("verify", finished, "--repair", "--yes")
+    assert mended.returncode == 0, mended.stderr
     assert fluxcli("verify", finished).returncode == 0
+    lacking = fluxcli("verify", finished, "--complete", "--json")
+    assert lacking.returncode == 1
+    assert lacking.json["ok"] and lacking.json["missing"] == harness.ROWS - lacking.json["images"] > 0
     assert json.loads((finished / "job.json").read_text())["model"]["name"] == "tiny"
