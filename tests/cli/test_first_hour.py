@@ -25,20 +25,25 @@ ROWS = [
 ]
 
 
-def after(text: str, *keys: bytes) -> Callable[[str], bytes]:
-    """Types each of the keys once the text, and what the key before led to, is shown."""
-    left = [(text, keys[0]), *(("again quits now", key) for key in keys[1:])]
+class After:
+    """Types each of the keys once the text, and what the key before led to, is shown. Anew in every `run`."""
 
-    def typed(shown: str) -> bytes:
-        if left and re.search(left[0][0], shown):
-            return left.pop(0)[1]
-        return b""
+    def __init__(self, text: str, *keys: bytes) -> None:
+        self._wanted = [(text, keys[0]), *(("again quits now", key) for key in keys[1:])]
 
-    return typed
+    def run(self) -> Callable[[str], bytes]:
+        left = list(self._wanted)
+
+        def typed(shown: str) -> bytes:
+            if left and re.search(left[0][0], shown):
+                return left.pop(0)[1]
+            return b""
+
+        return typed
 
 
 # What is typed, the exit code, what has to be shown, and what is typed meanwhile.
-HOUR: list[tuple[str, int, tuple[str, ...], Callable[[str], bytes] | None]] = [
+HOUR: list[tuple[str, int, tuple[str, ...], After | None]] = [
     ("fluxcli", 2, ("Examples:", "Exit codes:", "FLUXCLI_CACHE"), None),
     ("fluxcli --help", 0, ("Run a job", "HF_TOKEN"), None),
     ("fluxcli batch --help", 0, ("Files:", "Speed:", "env var: FLUXCLI_MODEL"), None),
@@ -71,14 +76,14 @@ HOUR: list[tuple[str, int, tuple[str, ...], Callable[[str], bytes] | None]] = [
     ("fluxcli batch rows.jsonl -o s3://bucket/rows", 2, ("s3://bucket/rows is an address",), None),
     ("fluxcli batch nothere.jsonl", 2, ("nothere.jsonl",), None),
     ("fluxcli batch '\x1b[31mnothere\x07.jsonl'", 2, ("\\x1b[31mnothere\\x07.jsonl",), None),
-    (f"fluxcli batch demo -o stopped {LONG}", 130, (r"batch in flight (about ",), after(" [1-9]/16", CTRL_C)),
+    (f"fluxcli batch demo -o stopped {LONG}", 130, (r"batch in flight (about ",), After(" [1-9]/16", CTRL_C)),
     (
         f"fluxcli batch demo -o shared {LONG} --workers 2",
         130,
         ("after the 2 batches in flight (about ",),
-        after(" [2-9]/16", CTRL_C),
+        After(" [2-9]/16", CTRL_C),
     ),
-    (f"fluxcli batch demo -o left {LONG}", 130, ("quitting now",), after(" [1-9]/16", CTRL_C, CTRL_C)),
+    (f"fluxcli batch demo -o left {LONG}", 130, ("quitting now",), After(" [1-9]/16", CTRL_C, CTRL_C)),
     ("fluxcli batch demo -o stopped --steps 250 --limit 1", 0, ("done before",), None),
 ]
 
@@ -91,7 +96,7 @@ def test_the_first_hour(columns: int, tmp_path: Path) -> None:
         if "random:flux-dev" in line and (host_free() or 10**12) > 67e9:
             continue
         words = [sys.executable, "-m", *shlex.split(line)]
-        done = terminal.run(words, columns, tmp_path, ENVIRONMENT, typed or (lambda text: b""))
+        done = terminal.run(words, columns, tmp_path, ENVIRONMENT, typed.run() if typed else (lambda text: b""))
         shown = "\n".join(lines_of(done.text))
         transcript += f"$ {line}\n{shown}\n[{done.returncode}]\n\n".replace("\x1b", "^[").replace("\x07", "^G")
         wrong += [f"{line}: {fault}" for fault in faults(line, done, columns)]
