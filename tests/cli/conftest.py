@@ -20,6 +20,7 @@ def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Res
     from fluxcli.cli.main import cli
 
     threads = torch.get_num_threads()
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "0")  # --quiet sets it, for this process's good
 
     def run(*args: object, cwd: Path = tmp_path) -> Result:
         monkeypatch.chdir(cwd)

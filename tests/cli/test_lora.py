@@ -114,7 +114,7 @@ def singles(pipeline, tmp_path_factory) -> Callable[[Path], dict[str, np.ndarray
     return run
 
 
-@pytest.mark.parametrize("workers", [None, 2])
+@pytest.mark.parametrize("workers", [None, pytest.param(2, marks=pytest.mark.slow)])
 def test_sixty_rows_over_five_sets_are_sixty_single_runs(
     inside, pipeline, folder: Path, singles, workers: int | None
 ) -> None:

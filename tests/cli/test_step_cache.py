@@ -73,7 +73,7 @@ def test_a_row_that_the_mask_does_not_fit_fails_before_the_model_is_loaded(job, 
     failures = {row["id"]: row["error"] for row in read_rows(tmp_path / "out" / "failures.jsonl")}
     assert failures.keys() == {"b", "c"} and {error["type"] for error in failures.values()} == {"invalid_row"}
     assert "mask of 10 steps, and an image with 12 cannot have it" in failures["b"]["message"]
-    assert done.stderr.index("line 3: num_inference_steps: ") < done.stderr.index("loading tiny")
+    assert done.stderr.index("line 3: steps: ") < done.stderr.index("loading tiny")
     few = job("--step-cache", "fine", "--strict", out="strict")
     assert few.returncode == 1 and "line 3" in few.stderr and "needs 9 steps or more" in few.stderr
     assert not (tmp_path / "strict").exists()

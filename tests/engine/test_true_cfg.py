@@ -168,6 +168,7 @@ def test_in_fp8_on_a_cpu_an_image_depends_on_nothing_else(pipeline: Pipeline) ->
     assert 0 < np.abs(together.astype(int) - drawn(engine_of(pipeline(DEV)), rows)).mean() < 20
 
 
+@pytest.mark.slow
 def test_compiled_blocks_draw_the_same(pipeline: Pipeline) -> None:
     directory, rows = pipeline(DEV), records(DEV, 2)
     engine = engine_of(directory, compile=True)
