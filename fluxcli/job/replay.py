@@ -22,7 +22,7 @@ from fluxcli.job.report import mend
 from fluxcli.job.report.distance import psnr
 from fluxcli.job.report.verify import require_job
 from fluxcli.job.run.lanes import Engine
-from fluxcli.models.adapters.library import Library
+from fluxcli.models.adapters.catalog import Catalog
 from fluxcli.models.checkpoints import Checkpoint
 
 
@@ -66,7 +66,7 @@ class Made:
                 "replay draws with the same weights only"
             )
 
-    def record(self, library: Library) -> PromptRecord:
+    def record(self, catalog: Catalog) -> PromptRecord:
         """The row as the engine takes it.
 
         Raises:
@@ -77,7 +77,7 @@ class Made:
         return PromptRecord(
             row.id, row.prompt, row.seed, row.width, row.height, row.num_inference_steps, row.guidance_scale, 1, {},
             row.text_tokens or 0, row.text_length, row.negative_prompt, row.true_cfg_scale or 1.0,
-            _adapters(row.lora or [], library),
+            _adapters(row.lora or [], catalog),
         )  # fmt: skip
 
 
@@ -178,10 +178,10 @@ def _file(job: Made) -> bytes | None:
         sink.close()
 
 
-def _adapters(told: list[Any], library: Library) -> Adapters:
+def _adapters(told: list[Any], catalog: Catalog) -> Adapters:
     found = []
     for each in told:
-        adapter = library.adapter(each["path"], float(each["scale"]))
+        adapter = catalog.adapter(each["path"], float(each["scale"]))
         if adapter.sha256 != each["sha256"]:
             raise ModelError(f"{each['path']}: is another adapter than the image was made with; put that one back")
         found.append(adapter)

@@ -14,7 +14,7 @@ from fluxcli.core.config import MAX_STEPS, RowDefaults
 from fluxcli.core.errors import ModelError
 from fluxcli.core.family import Family
 from fluxcli.models import hub
-from fluxcli.models.adapters.library import Library
+from fluxcli.models.adapters.catalog import Catalog
 from fluxcli.models.configs import read_config, transformer_config
 from fluxcli.models.directory import INDEX, check, check_weights, class_of, what_instead
 from fluxcli.models.files import read_json, shown
@@ -91,9 +91,9 @@ class Checkpoint:
         return bool(self.transformer["guidance_embeds"])
 
     @cached_property
-    def adapters(self) -> Library:
+    def adapters(self) -> Catalog:
         """What is known of adapter files for it."""
-        return Library(self._config)  # no closure: a checkpoint is sent to other processes
+        return Catalog(self._config)  # no closure: a checkpoint is sent to other processes
 
     def _config(self, part: str) -> Mapping[str, Any]:
         return self.transformer if part == "transformer" else read_config(self.directory / part)

@@ -9,8 +9,8 @@ from torch import Tensor
 from fluxcli.core.errors import ModelError
 from fluxcli.core.records import Adapter
 from fluxcli.engine.matmul.scaled import E4M3
+from fluxcli.models.adapters.catalog import Catalog, digest, place
 from fluxcli.models.adapters.changes import Change
-from fluxcli.models.adapters.library import Library, digest, place
 from fluxcli.models.files import open_regular
 from fluxcli.models.headers import Entry
 
@@ -32,11 +32,11 @@ class Read:
         ModelError: the file is gone, or another than it was.
     """
 
-    def __init__(self, adapter: Adapter, library: Library) -> None:
+    def __init__(self, adapter: Adapter, catalog: Catalog) -> None:
         path = place(adapter.path)
         if digest(path) != adapter.sha256:
             raise ModelError(f"{path}: has changed since the job looked at it; put back what was there, and run again")
-        self.changes, self.scale = library.changes(path), adapter.scale
+        self.changes, self.scale = catalog.changes(path), adapter.scale
         with open_regular(path) as file:
             self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 

@@ -24,7 +24,7 @@ WIDTH = 96  # of the small pipeline
 @pytest.fixture
 def refusal(pipeline, tmp_path: Path) -> Callable[..., str]:
     """The message for a file of these tensors, or these bytes."""
-    library = resolve(str(pipeline(DEV))).adapters
+    catalog = resolve(str(pipeline(DEV))).adapters
 
     def refuse(given: dict[str, Tensor] | bytes, name: str = "a.safetensors") -> str:
         path = tmp_path / name
@@ -33,7 +33,7 @@ def refusal(pipeline, tmp_path: Path) -> Callable[..., str]:
         else:
             save_file(given, path)
         with pytest.raises(ModelError) as error:
-            library.adapter(str(path))
+            catalog.adapter(str(path))
         assert str(error.value).startswith(f"{path}: ")
         assert len(str(error.value).splitlines()) == 1
         return str(error.value)
@@ -47,9 +47,9 @@ def pair(name: str = Q, rank: int = 4, width: int = WIDTH) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("name", [*FORMATS, *TEXT_FORMATS])
 def test_every_tensor_of_every_format_is_used(name: str, pipeline, tmp_path: Path) -> None:
-    library = resolve(str(pipeline(DEV))).adapters
+    catalog = resolve(str(pipeline(DEV))).adapters
     made = (FORMATS | TEXT_FORMATS)[name](Maker(pipeline(DEV)))
-    changes = library.changes(made.write(tmp_path / "a.safetensors"))
+    changes = catalog.changes(made.write(tmp_path / "a.safetensors"))
     used = {entry.name for change in changes for entry in change.tensors.values()}
     assert made.tensors.keys() - used == {key for key in made.tensors if key.endswith(".alpha")}
     names = {(change.target.part, f"{layer}.weight") for change in changes for layer in change.target.layers}
@@ -226,7 +226,7 @@ def test_forged_files_are_told(refusal, data: bytes, told: str) -> None:
 
 
 def test_places_that_are_no_files(pipeline, tmp_path: Path) -> None:
-    library = resolve(str(pipeline(DEV))).adapters
+    catalog = resolve(str(pipeline(DEV))).adapters
     os.mkfifo(tmp_path / "pipe.safetensors")
     (tmp_path / "link.safetensors").symlink_to(tmp_path / "gone")
     for name, told in (
@@ -238,7 +238,7 @@ def test_places_that_are_no_files(pipeline, tmp_path: Path) -> None:
         ("x" * 300, "cannot be read"),
     ):
         with pytest.raises(ModelError, match=told):
-            library.adapter(str(tmp_path / name))
+            catalog.adapter(str(tmp_path / name))
     for path, told in (
         ("/dev/zero", "is no regular file"),
         ("/", "is a directory"),
@@ -247,7 +247,7 @@ def test_places_that_are_no_files(pipeline, tmp_path: Path) -> None:
         ("/proc/self/environ", "cannot be read"),
     ):
         with pytest.raises(ModelError, match=told):
-            library.adapter(path)
+            catalog.adapter(path)
 
 
 def test_a_file_larger_than_any_adapter_is_not_read(refusal, tmp_path: Path) -> None:
@@ -259,11 +259,11 @@ def test_a_file_larger_than_any_adapter_is_not_read(refusal, tmp_path: Path) -> 
 
 
 def test_a_file_is_read_once_whatever_names_it_how_often(pipeline, tmp_path: Path) -> None:
-    library = resolve(str(pipeline(DEV))).adapters
+    catalog = resolve(str(pipeline(DEV))).adapters
     path = FORMATS["kohya"](Maker(pipeline(DEV))).write(tmp_path / "a.safetensors")
-    first = library.adapter(str(path))
+    first = catalog.adapter(str(path))
     path.unlink()
-    assert library.adapter(str(path), 0.5).sha256 == first.sha256
+    assert catalog.adapter(str(path), 0.5).sha256 == first.sha256
 
 
 def test_the_full_model_and_the_built_in_one_are_known_too(tmp_path: Path) -> None:
@@ -271,10 +271,10 @@ def test_the_full_model_and_the_built_in_one_are_known_too(tmp_path: Path) -> No
     save_file(pair(width=3072), tmp_path / "full.safetensors")
     save_file(pair(width=128), tmp_path / "other.safetensors")
     for name in ("random:flux-dev", "random:flux-schnell"):
-        library = resolve(name).adapters
-        assert library.adapter(str(tmp_path / "full.safetensors")).scale == 1.0
+        catalog = resolve(name).adapters
+        assert catalog.adapter(str(tmp_path / "full.safetensors")).scale == 1.0
         with pytest.raises(ModelError, match=r"is \[4, 128\], expected \[4, 3072\]"):
-            library.adapter(str(tmp_path / "other.safetensors"))
+            catalog.adapter(str(tmp_path / "other.safetensors"))
 
 
 @pytest.mark.parametrize("shape", [DEV, Shape(heads=2, head_dim=16, axes=(4, 6, 6), dual=1, single=2)])

@@ -19,7 +19,7 @@ _MOST = 2**34  # bytes; the largest have some 5 GB
 _PART = 2**22  # of those, hashed at once
 
 
-class Library:
+class Catalog:
     """Adapter files held against one checkpoint.
 
     Args:
