@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from fluxcli.core.config import FORMATS, ImageFormat
+from fluxcli.core.config import DTYPES, FORMATS, MAX_STEPS, MAX_TEXT_LENGTH, QUANTIZATION, ImageFormat
 from fluxcli.core.errors import JobError, ModelError
 from fluxcli.core.records import Adapters, Batch, PromptRecord, ShapeKey
+from fluxcli.core.terminal import printable_line
 from fluxcli.job.output import images, sound
 from fluxcli.job.output.identity import Identity, read_identity
 from fluxcli.job.output.log import RowLog
@@ -24,6 +25,7 @@ from fluxcli.job.report.verify import require_job
 from fluxcli.job.run.lanes import Engine
 from fluxcli.models.adapters.catalog import Catalog
 from fluxcli.models.checkpoints import Checkpoint
+from fluxcli.models.flux1.family import FLUX1
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,10 @@ class Made:
 
     @property
     def dtype(self) -> str:
-        return str(self.identity.options.get("dtype", "auto"))
+        dtype = self.identity.options.get("dtype")
+        if dtype not in DTYPES:
+            raise JobError(f"{self.directory / 'job.json'}: options.dtype is none of {', '.join(DTYPES)}")
+        return str(dtype)
 
     @property
     def quantization(self) -> str:
@@ -54,7 +59,7 @@ class Made:
     def format(self) -> ImageFormat:
         name, quality = self.identity.options.get("format"), self.identity.options.get("quality")
         if name not in FORMATS or not (quality is None or (isinstance(quality, int) and 1 <= quality <= 100)):
-            raise JobError(f"{self.directory / 'job.json'}: names no format of images; fluxcli verify says more")
+            raise JobError(f"{self.directory / 'job.json'}: names no format of images")
         return ImageFormat(name) if quality is None else ImageFormat(name, quality)
 
     def check(self, checkpoint: Checkpoint) -> None:
@@ -91,17 +96,33 @@ def made(directory: Path, id: str) -> Made:
     identity = read_identity(directory)
     if identity is None:
         raise JobError(f"{directory}: has no job.json, which says how its images were made")
-    log = RowLog(directory / "manifest.jsonl", ManifestRow)
-    rows = (mend.row_of(ManifestRow, line) for _, line in log.lines())
-    found = None
-    for row in rows:
+    log, found, sought = RowLog(directory / "manifest.jsonl", ManifestRow), None, f'"{id}"'.encode()
+    for _, line in log.lines():
+        # An id is ASCII: of millions of rows only those that may be it are parsed.
+        row = mend.row_of(ManifestRow, line) if sought in line else None
         if row is not None and row.id == id:
             found = row
     if found is None:
-        raise JobError(f"{directory}: has no image with the id {id}")
-    if found.text_length is None:
-        raise JobError(f"{log.path}: the row of {id} lacks text_length, without which it cannot be drawn again")
+        raise JobError(f"{directory}: has no image with the id {printable_line(id)}")
+    if wrong := _wrong(found):
+        raise JobError(f"{log.path}: the row of {id} cannot be drawn again: {wrong}")
     return Made(directory, identity, found)
+
+
+def _wrong(row: ManifestRow) -> str | None:
+    """What fluxcli never writes, though a row may say it."""
+    steps = row.num_inference_steps
+    if row.text_length is None or not 1 <= row.text_length <= MAX_TEXT_LENGTH:
+        return f"text_length must be 1 to {MAX_TEXT_LENGTH}"
+    if not (FLUX1.draws(row.width) and FLUX1.draws(row.height)):
+        return "width and height must be multiples of {} from {} to {}".format(FLUX1.token_side, *FLUX1.sides)
+    if steps > MAX_STEPS:
+        return f"num_inference_steps must be at most {MAX_STEPS}"
+    if row.step_cache is not None and len(row.step_cache) != steps:
+        return "step_cache is no mask of its steps"
+    if row.quantization is not None and row.quantization not in QUANTIZATION:
+        return f"quantization is none of {', '.join(QUANTIZATION)}"
+    return None
 
 
 def key_of(record: PromptRecord) -> ShapeKey:

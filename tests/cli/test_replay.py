@@ -106,6 +106,31 @@ def test_what_cannot_be_drawn_again_is_told_before_a_model_is_loaded(
     identity["options"]["format"] = "exe"
     (broken / "job.json").write_text(json.dumps(identity))
     assert "names no format of images" in refused(broken, "a")
+    identity["options"] |= {"format": "png", "dtype": "int4"}
+    (broken / "job.json").write_text(json.dumps(identity))
+    assert "options.dtype is none of" in refused(broken, "a")
+
+
+@pytest.mark.parametrize(
+    ("lie", "told"),
+    [
+        ({"text_length": 10**12}, "text_length must be 1 to 512"),
+        ({"width": 65536}, "multiples of 16 from 64 to 4096"),
+        ({"height": 65}, "multiples of 16 from 64 to 4096"),
+        ({"num_inference_steps": 10**6}, "at most 1000"),
+        ({"step_cache": "10", "evaluated_steps": 1}, "no mask of its steps"),
+        ({"quantization": "int1"}, "quantization is none of"),
+    ],
+)
+def test_a_row_that_fluxcli_never_wrote_is_not_drawn(
+    lie: dict[str, object], told: str, inside: Callable[..., Result], jobs, tmp_path: Path
+) -> None:
+    job = copy_of(jobs["plain"], tmp_path / "job")
+    rows = read_rows(job / "manifest.jsonl")
+    write_rows(job / "manifest.jsonl", [{**row, **lie} for row in rows])
+    result = inside("replay", job, "a")
+    assert result.returncode == 1 and "loading" not in result.stderr
+    assert told in result.stderr and len(result.stderr.strip().splitlines()) == 1
 
 
 def test_an_adapter_that_is_another_by_now_is_refused(inside: Callable[..., Result], tmp_path: Path) -> None:
