@@ -49,6 +49,8 @@ def reference(directory: Path, rows: list[PromptRecord]) -> np.ndarray:
             np.asarray(
                 pipe(
                     row.prompt,
+                    negative_prompt=row.negative_prompt,
+                    true_cfg_scale=row.true_cfg_scale,
                     width=row.width,
                     height=row.height,
                     num_inference_steps=row.num_inference_steps,

@@ -21,7 +21,7 @@ from fluxcli.engine.runtime.device import resolve as resolve_device
 from fluxcli.engine.text import TextEncoders
 from fluxcli.engine.vae import Decoder
 from fluxcli.models.checkpoints import resolve
-from tests.engine.test_parity import worst
+from tests.engine.test_parity import reference, worst
 from tests.pipelines import DEEP, DEV, SCHNELL, Shape
 
 Pipeline = Callable[..., Path]
@@ -48,31 +48,6 @@ def drawn(engine: Engine, rows: list[PromptRecord], images: int | None = None, m
     made = engine.submit(Batch(0, key, rows[0].num_inference_steps, rows, mask)).result()
     assert all(made.finite)
     return made.pixels
-
-
-def reference(directory: Path, rows: list[PromptRecord]) -> np.ndarray:
-    from diffusers import FluxPipeline
-
-    pipe = FluxPipeline.from_pretrained(directory, dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
-    return np.stack(
-        [
-            np.asarray(
-                pipe(
-                    row.prompt,
-                    negative_prompt=row.negative_prompt,
-                    true_cfg_scale=row.true_cfg_scale,
-                    width=row.width,
-                    height=row.height,
-                    num_inference_steps=row.num_inference_steps,
-                    guidance_scale=row.guidance_scale or 0.0,
-                    max_sequence_length=row.text_length,
-                    generator=torch.Generator("cpu").manual_seed(row.seed),
-                ).images[0]
-            )
-            for row in rows
-        ]
-    )
 
 
 @pytest.mark.parametrize("shape", [DEV, SCHNELL, DEEP], ids=lambda shape: shape.name)

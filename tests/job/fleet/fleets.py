@@ -11,6 +11,7 @@ from typing import Any
 from fluxcli.job.fleet.deadlines import Patience
 from fluxcli.job.fleet.process import Workers, local
 from fluxcli.job.report.verify import verify
+from tests.conftest import read_rows
 from tests.job import harness
 
 
@@ -44,6 +45,20 @@ def check(directory: Path, expected: dict[str, Any]) -> None:
     assert harness.essence(directory) == expected
     assert not verify(directory).problems
     assert not [path for path in directory.rglob("*") if path.name.startswith(".")]
+
+
+def check_replaced(
+    job: Path, rows: Path, workers: Any, once: Path, how: str, reason: str, expected: Any, capsys: Any
+) -> None:
+    """That a worker which misbehaves in this way is replaced, for this reason, and costs nothing."""
+    once.touch()
+    assert run(rows, job, workers) == 0
+    check(job, expected)
+    (row,) = read_rows(job / "runs.jsonl")
+    deaths, starts = (sum(worker[name] for worker in row["workers"]) for name in ("deaths", "starts"))
+    assert starts == 2 + deaths and (deaths == 1 or how == "freeze")  # on a busy machine others are slow too
+    told = [line for line in capsys.readouterr().err.splitlines() if line.endswith("; starting another")]
+    assert len(told) == deaths and reason in told[0]
 
 
 def gone(pids: Path, seconds: float = 10.0) -> bool:
