@@ -8,6 +8,7 @@ Every way by turns, on random data, as captured graphs; a way that cannot run he
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -16,46 +17,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fluxcli.bench.floor import attention_shape, products
 from fluxcli.core.errors import first_line
+from fluxcli.core.records import ShapeKey
 from fluxcli.engine.attention.backends import Attention
 from fluxcli.engine.matmul.gemm import Backend, Gemm
 from fluxcli.engine.matmul.quack import Quack
 from fluxcli.engine.matmul.scaled import E4M3, E4M3_MAX, Scaled, row_scaled
 from fluxcli.engine.matmul.torch_ import Torch
+from fluxcli.engine.nets.flux1 import FluxConfig
 from fluxcli.engine.runtime import stopwatch
 from fluxcli.engine.runtime.graphs import Captured
 from fluxcli.engine.runtime.tuner import Tuner
+from fluxcli.models.checkpoints import resolve
 from jobs.bench.fp8 import error, with_outliers
 
 DEVICE = "cuda"
 TURN_S = 0.1
 CHECKED = 1024  # rows of a result that are held to float32
 BLOCK = 128
-HEADS, HEAD_DIM, TEXT, IMAGE = 24, 128, 512, 4096
-DIM = HEADS * HEAD_DIM
-# name: (tokens of an image, inputs, outputs, how many a step does)
-SHAPES = {
-    "double img qkv": (IMAGE, DIM, 3 * DIM, 19),
-    "double img proj": (IMAGE, DIM, DIM, 19),
-    "double img up": (IMAGE, DIM, 4 * DIM, 19),
-    "double img down": (IMAGE, 4 * DIM, DIM, 19),
-    "double txt qkv": (TEXT, DIM, 3 * DIM, 19),
-    "double txt proj": (TEXT, DIM, DIM, 19),
-    "double txt up": (TEXT, DIM, 4 * DIM, 19),
-    "double txt down": (TEXT, 4 * DIM, DIM, 19),
-    "single qkv": (IMAGE + TEXT, DIM, 3 * DIM, 38),
-    "single up": (IMAGE + TEXT, DIM, 4 * DIM, 38),
-    "single out": (IMAGE + TEXT, 5 * DIM, DIM, 38),
-}
+MODEL = "random:flux-dev"
 
 Ways = dict[str, Callable[[], Tensor]]
 
 
+def shape_of(batch_size: int) -> tuple[FluxConfig, ShapeKey]:
+    return FluxConfig.from_json(resolve(MODEL).transformer), ShapeKey(batch_size, 1024, 1024, 512)
+
+
 def matmuls(batch_size: int) -> dict[str, Any]:
-    """Milliseconds and relative error of each way at each shape."""
+    """Milliseconds and relative error of each way at each shape of a block's, and how many a step does."""
+    _, *blocks, _ = products(*shape_of(batch_size))
     return {
-        name: {"shape": [tokens * batch_size, k, n], "a_step": count} | matmul(tokens * batch_size, k, n)
-        for name, (tokens, k, n, count) in SHAPES.items()
+        f"{rows} x {k} x {n}": {"a_step": count} | matmul(rows, k, n)
+        for (rows, k, n), count in sorted(Counter(blocks).items())
     }
 
 
@@ -79,17 +74,13 @@ def matmul(rows: int, k: int, n: int) -> dict[str, Any]:
     )
     ways["fp8 torch in blocks of 128"] = in_blocks(x, weight)
     times, told = timed(ways)
-    return {
-        name: {
-            "ms": times[name],
-            "tflops": 2 * rows * k * n / times[name] / 1e9,
-            "error": error(ways[name]()[few].float(), truth),
-            "error_of_sums": error(ways[name]()[few].float(), rounded) if name.startswith("fp8") else None,
-        }
-        if name in times
-        else {"cannot": told[name]}
-        for name in ways
-    }
+    found: dict[str, Any] = {name: {"cannot": why} for name, why in told.items()}
+    for name, ms in times.items():
+        made = ways[name]()[few].float()
+        sums = error(made, rounded) if name.startswith("fp8") else None
+        found[name] = {"ms": ms, "tflops": 2 * rows * k * n / ms / 1e9, "error": error(made, truth)}
+        found[name]["error_of_sums"] = sums
+    return found
 
 
 def in_blocks(x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
@@ -109,8 +100,8 @@ def in_blocks(x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
 
 def attention(batch_size: int) -> dict[str, Any]:
     """Milliseconds and relative error of each way to attend, in bfloat16 and by cuDNN in 8 bits."""
-    tokens = IMAGE + TEXT
-    qkv = drawn(batch_size, tokens, 3, HEADS, HEAD_DIM)
+    batch, tokens, heads, head_dim = attention_shape(*shape_of(batch_size))
+    qkv = drawn(batch, tokens, 3, heads, head_dim)
     ways: Ways = dict(Attention("auto", Tuner(DEVICE), DEVICE, qkv.dtype).ways(qkv))
     told = {}
     try:
@@ -124,7 +115,7 @@ def attention(batch_size: int) -> dict[str, Any]:
     found = {
         name: {
             "ms": ms,
-            "tflops": 4 * batch_size * tokens**2 * HEADS * HEAD_DIM / ms / 1e9,
+            "tflops": 4 * batch * tokens**2 * heads * head_dim / ms / 1e9,
             "error": error(wide(ways[name](), qkv)[:1], truth),
         }
         for name, ms in times.items()
@@ -210,7 +201,7 @@ def table(found: dict[str, Any]) -> str:
     lines = []
     for name, shape in found.items():
         ways = {way: each for way, each in shape.items() if isinstance(each, dict)}
-        lines.append(f"{name} {shape['shape']}")
+        lines.append(f"{name}, {shape['a_step']} a step")
         for way, each in ways.items():
             if "ms" in each:
                 sums = "" if each["error_of_sums"] is None else f", of its sums {each['error_of_sums']:.2e}"

@@ -37,7 +37,8 @@ def add(acc: Any, more: Any) -> dict[str, Any]:
 
 class _ShortSums(EpiMod):  # type: ignore[misc]
     """An epilogue of sums in Hopper's own short form, as `torch_` has them. quack's kernels can do it, its epilogues
-    alone cannot say so; in float32 beside the chip's own, a matmul takes three to ten times as long."""
+    alone cannot say so; with sums in float32 beside them a matmul took three times as long as torch's, or longer
+    (jobs/bench/LOG.md)."""
 
     def _mint(self, *key: Any) -> Any:
         kernel = super()._mint(*key)

@@ -89,7 +89,7 @@ def _by_image(gemm: Gemm) -> Tensor:
 
 def _scaled_mm(gemm: Gemm, x: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
     """Rows x [M, K] of a gemm's, which `scale` [M] belongs to. Sums are Hopper's own, of few bits: at 15,360
-    inputs they add a hundredth to the error that 8 bits make, and save a fifth of the time (jobs/bench/LOG.md)."""
+    inputs they add less than a hundredth to the error of 8 bits, and save a fifth of the time (jobs/bench/LOG.md)."""
     assert gemm.scales is not None
     scales = scale[:, None], gemm.scales[1][None]
     weight, kind = gemm.weight.t(), gemm.dtype
